@@ -1,0 +1,159 @@
+"""`halfbyte info`: what this machine has and runs, or what a folder holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from halfbyte.errors import CheckpointError
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "safetensors", "bitsandbytes")
+STATE_MARKER = ".quant_state."
+
+
+def info(
+    folder: Annotated[Path | None, typer.Argument(help="Model, adapter or run directory.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what this machine runs and why, or what a folder holds."""
+    facts = machine_info() if folder is None else folder_info(folder)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            typer.echo(f"{key}:")
+            for name, item in value.items():
+                typer.echo(f"  {name:<28} {item}")
+        else:
+            typer.echo(f"{key:<30} {value}")
+
+
+def machine_info() -> dict[str, Any]:
+    """Versions, processor, memory, GPU, and which kernels run, with the reason."""
+    import torch
+
+    from halfbyte.device import this_machine
+
+    machine = this_machine()
+    gpus = ", ".join(f"{name} ({memory / 1e9:.0f} GB)" for name, memory in machine.gpus)
+    facts: dict[str, Any] = {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+        "processor": f"{machine.processor}, {machine.capability}",
+        "cores": machine.cores,
+        "threads": torch.get_num_threads(),
+        "memory": f"{machine.memory / 1e9:.1f} GB",
+        "gpu": gpus or f"none ({machine.gpu_reason})",
+    }
+    return facts | {"kernels": _kernels()}
+
+
+def folder_info(folder: Path) -> dict[str, Any]:
+    """What a folder holds, from its configs and the headers of its safetensors files; no weight is read.
+
+    Raises:
+        CheckpointError: the folder is missing or is neither a model nor an adapter.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"folder {folder} does not exist.")
+    if (folder / "adapter_config.json").is_file():
+        return _adapter_info(folder)
+    if (folder / "config.json").is_file():
+        return _model_info(folder)
+    raise CheckpointError(f"folder {folder} is neither a model (config.json) nor an adapter (adapter_config.json).")
+
+
+def _adapter_info(folder: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    config = _json(folder / "adapter_config.json")
+    weights = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(weights, framework="pt") as file:
+            parameters = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{weights} is missing or damaged: {error}") from None
+    facts = {
+        "kind": "adapter",
+        "base": config.get("base_model_name_or_path"),
+        "type": config.get("peft_type"),
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "targets": ", ".join(sorted(config.get("target_modules") or [])),
+        "parameters": parameters,
+    }
+    if config.get("rank_pattern"):
+        facts["rank_pattern"] = config["rank_pattern"]
+    if (folder / "summary.json").is_file():
+        summary = _json(folder / "summary.json")
+        facts |= {key: summary.get(key) for key in ("steps", "final_loss", "before", "after", "bits_per_parameter")}
+    return facts
+
+
+def _model_info(folder: Path) -> dict[str, Any]:
+    """Parameters and bits, counted from the files: a packed weight has as many parameters as its state says.
+
+    `bits_per_parameter` is all bytes of all tensors; `bits_per_quantized_parameter` is codes and scales of the packed
+    ones, without the constant tables that the layout repeats beside each.
+    """
+    from halfbyte.models import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    shapes = {
+        key.partition(STATE_MARKER)[0]: json.loads(bytes(checkpoint[key].read().tolist()))["shape"]
+        for key in checkpoint
+        if STATE_MARKER in key
+    }
+    beside = {weight: [key for key in checkpoint if key.startswith(weight + ".")] for weight in shapes}
+    companions = {key for keys in beside.values() for key in keys}
+    quantized = sum(math.prod(shape) for shape in shapes.values())
+    packed = sum(
+        checkpoint[key].nbytes
+        for weight, keys in beside.items()
+        for key in (weight, *keys)
+        if key == weight or key.endswith("absmax")
+    )
+    plain = sum(math.prod(checkpoint[key].shape) for key in checkpoint if key not in companions and key not in shapes)
+    nbytes = sum(tensor.nbytes for tensor in checkpoint.values())
+    facts = {
+        "kind": "model",
+        "architecture": ", ".join(checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "?")]),
+        "parameters": plain + quantized,
+        "quantized_share": round(quantized / (plain + quantized), 4),
+        "bits_per_parameter": round(8 * nbytes / (plain + quantized), 4),
+        "bytes": nbytes,
+    }
+    if quantized:
+        facts["bits_per_quantized_parameter"] = round(8 * packed / quantized, 4)
+    return facts
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.") from error
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _kernels() -> dict[str, str]:
+    """Which implementation serves each op, why, and what would make it faster."""
+    from halfbyte.kernels import chosen
+
+    return {
+        f"{choice.op} ({choice.device})": f"{choice.name}: {choice.reason}"
+        + (f"; {choice.remedy}" if choice.remedy else "")
+        for choice in chosen()
+    }

@@ -1,0 +1,62 @@
+"""`halfbyte`: the commands, and the one place where an error becomes a sentence and an exit code.
+
+Every command's module is imported for its signature, so none of them imports torch at the top: `halfbyte --help` must
+answer at once, and the work is imported inside the function that needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+
+import typer
+
+from halfbyte import env
+from halfbyte.cli.generate import generate
+from halfbyte.cli.info import info
+from halfbyte.cli.quantize import quantize
+from halfbyte.cli.train import train
+from halfbyte.errors import HalfbyteError
+
+INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
+
+
+def _told(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with halfbyte's errors turned into one sentence on stderr and their exit code.
+
+    It wraps each command and not the whole program, because typer answers Ctrl-C itself (with 1) outside of it.
+    """
+
+    @functools.wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except HalfbyteError as error:
+            typer.echo(f"halfbyte: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+app = typer.Typer(
+    help="Fine-tune and run language models whose frozen weights are stored in half a byte each.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug keeps Python's own traceback
+    rich_markup_mode=None,
+)
+for command in (quantize, train, generate, info):
+    app.command()(_told(command))
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted."""
+    env.quiet_libraries()
+    env.patient_threads()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # other libraries' notes to their developers
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    app()

@@ -1,0 +1,160 @@
+"""Labelled text: rows for a classifier, and the names of its classes.
+
+| layout | columns                                                       |
+|---|---|
+| a text | `text` or `sentence`, and `label`                             |
+| a pair | `sentence1`, `sentence2` or `premise`, `hypothesis`, `label`  |
+
+A label is text or an integer, and its name is how it is written: `positive`, `1`. The classes are those of the training
+data, sorted, and nothing else: a label that turns up only in the evaluation data is a mistake in one of the two files,
+since no training could ever have made the model say it. They are kept in the model's config as `id2label`, so that an
+answer comes back as a name and not as a number that somebody has to remember.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfbyte.data.read import Row, read_rows
+from halfbyte.data.tokens import LengthReport, Tokenized
+from halfbyte.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LABEL = "label"
+# The first whose columns are all there wins, pairs before single texts.
+_LAYOUTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",))
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """What one row teaches.
+
+    Attributes:
+        where: the file and line it came from, for messages.
+        texts: one text, or a pair.
+        label: the name of its class.
+    """
+
+    where: str
+    texts: tuple[str, ...]
+    label: str
+
+
+def read_labelled(paths: Iterable[str | Path]) -> list[LabelledText]:
+    """Read data files into labelled texts, in order.
+
+    Raises:
+        DataError: see `read_rows`; or a row lacks a text or its label, with file, line and what is missing.
+    """
+    examples: list[LabelledText] = []
+    for path in paths:
+        rows = read_rows(path)
+        columns = _recognise(rows[0])
+        examples.extend(LabelledText(row.where, _texts(row, columns), _label(row)) for row in rows)
+    return examples
+
+
+def label_names(examples: Sequence[LabelledText]) -> tuple[str, ...]:
+    """The classes of a training set, sorted: integers by value, otherwise by letter.
+
+    Raises:
+        DataError: there is only one, and nothing to tell apart.
+    """
+    names = {example.label for example in examples}
+    if len(names) < 2:
+        raise DataError(
+            f"all {len(examples)} rows from {examples[0].where} on have the label {examples[0].label!r}; "
+            "a classifier needs at least two."
+        )
+    if all(_is_integer(name) for name in names):
+        return tuple(sorted(names, key=int))
+    return tuple(sorted(names))
+
+
+def tokenize_labelled(
+    examples: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, names: Sequence[str], *, max_length: int
+) -> Tokenized:
+    """Turn labelled texts into rows of token ids, each with the index of its class.
+
+    The tokenizer puts its own special tokens around a text, as it did when the encoder was pretrained. A text that is
+    too long loses its end (of a pair, the longer one does) and is counted in the report.
+
+    Args:
+        examples: the texts.
+        tokenizer: the model's.
+        names: the classes; a label's index is its place in here.
+        max_length: tokens of the longest row.
+
+    Raises:
+        DataError: a label that is not among `names`.
+    """
+    from datasets import Dataset
+
+    index = {name: number for number, name in enumerate(names)}
+    for example in examples:
+        if example.label not in index:
+            hint = nearest(example.label, names)
+            raise DataError(f"{example.where}: the label {example.label!r} is not in the training data; {hint}.")
+    sides = list(zip(*(example.texts for example in examples), strict=True))
+    whole = tokenizer(*map(list, sides), verbose=False)["input_ids"]
+    encoded = tokenizer(*map(list, sides), truncation=True, max_length=max_length)
+    columns = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+    labels = [index[example.label] for example in examples]
+    report = LengthReport(
+        rows=len(examples),
+        cut=sum(len(before) > len(after) for before, after in zip(whole, encoded["input_ids"], strict=True)),
+        dropped=0,
+        tokens=sum(len(ids) for ids in encoded["input_ids"]),
+        trained=None,
+        longest=max(len(ids) for ids in whole),
+    )
+    return Tokenized(Dataset.from_dict({**columns, "labels": labels}), report)
+
+
+def _recognise(row: Row) -> tuple[str, ...]:
+    """The text columns of a file, from its first row."""
+    present = list(row.columns)
+    for columns in _LAYOUTS:
+        if all(column in present for column in columns):
+            return columns
+    for columns in _LAYOUTS:
+        missing = [column for column in columns if column not in present]
+        if len(missing) < len(columns):
+            raise DataError(f"{row.where}: the column {missing[0]!r} is missing, the other half of {columns[0]!r}.")
+    offered = " | ".join("+".join((*columns, LABEL)) for columns in _LAYOUTS)
+    raise DataError(
+        f"{row.where}: the columns {', '.join(present) or '(none)'} fit no layout of labelled text; give {offered}."
+    )
+
+
+def _texts(row: Row, columns: tuple[str, ...]) -> tuple[str, ...]:
+    found = []
+    for column in columns:
+        value = row.columns.get(column)
+        if not isinstance(value, str):
+            what = "is missing" if value is None else f"must be text, it is a {type(value).__name__}"
+            raise DataError(f"{row.where}: the column {column!r} {what}.")
+        if not value.strip():
+            raise DataError(f"{row.where}: the column {column!r} is empty.")
+        found.append(value)
+    return tuple(found)
+
+
+def _label(row: Row) -> str:
+    value = row.columns.get(LABEL)
+    if value is None or value == "":
+        raise DataError(f"{row.where}: the column {LABEL!r} is missing, which sequence-classification data needs.")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(
+            f"{row.where}: the column {LABEL!r} must be text or an integer, it is a {type(value).__name__}."
+        )
+    return str(value).strip()
+
+
+def _is_integer(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()

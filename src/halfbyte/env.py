@@ -1,0 +1,61 @@
+"""The environment variables halfbyte looks at. No other module reads or writes `os.environ`.
+
+| variable | values | effect |
+|---|---|---|
+| `HALFBYTE_KERNELS` | `auto`, `reference` | which implementation of the ops runs; `auto` is the default |
+| `HF_HUB_OFFLINE` | `1` | set by halfbyte before a local path is opened: nothing reaches for a network |
+| `OMP_WAIT_POLICY` | `PASSIVE` | set by the command line unless it is set: idle threads sleep instead of spinning |
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from halfbyte.errors import RequestError, nearest
+
+KERNEL_CHOICES = ("auto", "reference")
+
+
+def kernels() -> str:
+    """The value of `HALFBYTE_KERNELS`.
+
+    Raises:
+        RequestError: the variable holds something that is not offered.
+    """
+    choice = os.environ.get("HALFBYTE_KERNELS", "auto").strip().lower() or "auto"
+    if choice not in KERNEL_CHOICES:
+        raise RequestError(f"HALFBYTE_KERNELS={choice!r} is not offered; {nearest(choice, KERNEL_CHOICES)}.")
+    return choice
+
+
+def go_offline() -> None:
+    """Keep the Hugging Face libraries off the network for the rest of this process.
+
+    Called before a local path is opened. The variables are read when those libraries are imported, so a hub client
+    that is already loaded is switched through its own constants.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:
+        constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def quiet_libraries() -> None:
+    """Defaults that keep a terminal readable: no advisory logging, no progress bars in a log file. The user's own win."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def patient_threads() -> None:
+    """Let OpenMP's idle threads sleep. It has to be said before torch is imported; the user's own setting wins.
+
+    By default they spin while they wait for the next parallel loop. On a machine that runs something else besides, the
+    thread that has the work then waits for the one that spins: the quickstart took nine times as long beside one other
+    process on two cores (docs/log.md, 2026-11-21).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

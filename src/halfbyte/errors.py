@@ -1,0 +1,74 @@
+"""Every error halfbyte raises on purpose, in one tree.
+
+The tree answers the one question a caller has: *whose fault is it?* A `RequestError` means that what was asked for is
+wrong (a missing file, an unknown key, a damaged checkpoint): the command line prints its sentence and exits with 2. A
+`WorkError` means that the request was fine and the work failed (a loss that is not finite): exit code 1. Anything else
+that escapes is a bug and keeps its traceback.
+
+Messages are one sentence that names the thing and the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HalfbyteError(Exception):
+    """Base of all errors raised on purpose. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class WorkError(HalfbyteError):
+    """The request was right and the work failed."""
+
+
+class NonFiniteError(WorkError):
+    """A number that must be finite (a loss, a gradient) was not; the message names the first tensor."""
+
+
+class RequestError(HalfbyteError, ValueError):
+    """The request was wrong; nothing was changed and nothing is half-written."""
+
+    exit_code = 2
+
+
+class FormatError(RequestError):
+    """A number format, block size or scale width that is not offered, or a tensor that cannot be encoded."""
+
+
+class ShapeError(RequestError):
+    """Shapes that do not go together, or a view that packed storage cannot express."""
+
+
+class CheckpointError(RequestError):
+    """A model folder that is missing, incomplete, damaged, or not what it says it is."""
+
+
+class DataError(RequestError):
+    """A data file or row that cannot be used; the message gives file, row and what is missing."""
+
+
+class OutputError(RequestError):
+    """An output place that cannot be written: not empty, no permission, disk full."""
+
+
+class RecipeError(RequestError):
+    """All mistakes of a recipe at once, one line each.
+
+    Args:
+        source: the recipe's file name, or "recipe" when it came from Python.
+        mistakes: one sentence per mistake.
+    """
+
+    def __init__(self, source: str, mistakes: Iterable[str]) -> None:
+        self.mistakes = list(mistakes)
+        super().__init__("\n".join(f"{source}: {mistake}" for mistake in self.mistakes))
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint to end a message with: the choice that `word` most likely meant, or all of them when none is near."""
+    offered = [str(choice) for choice in choices]
+    match = difflib.get_close_matches(str(word), offered, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else "choose one of: " + ", ".join(offered)

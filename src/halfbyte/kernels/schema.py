@@ -1,0 +1,108 @@
+"""The ops' contract: `torch.ops.halfbyte.*`, their schemas and their fakes.
+
+A packed weight travels through the dispatcher as the nine fields of `PackedWeight`, in that order, in every op. `start`
+and `scale_start` are what makes a slice of rows a view: it shares its parent's bytes, its parent's blocks and its
+parent's offset, and says how much of the first block is not its own (traps 7 and 8 of the design).
+
+Every op has a reference for any device (`reference/`), and may have native versions, which `registry` chooses from. The
+fakes here give shapes and dtypes to torch.compile.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from halfbyte.formats import SCALE_BLOCK, get_codebook
+from halfbyte.formats.packing import packed_size
+
+NAMESPACE = "halfbyte"
+
+
+class PackedWeight(NamedTuple):
+    """A quantized tensor as the ops see it.
+
+    Attributes:
+        codes: uint8, packed; begins with a block's first code.
+        scales: float32 [blocks]; with `scale_bits` > 0 uint8, packed codes of the second level, beginning with a
+            second-level block's first code.
+        scale_absmax: float32 [second-level blocks], or None.
+        scale_offset: float32 [], or None.
+        format: "nf4", ...
+        block_size: weights that share a scale.
+        scale_bits: 0 (scales are float32), 8, 6 or 4.
+        start: weights of the first block that come before this tensor.
+        scale_start: scales of the first second-level block that come before this tensor.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    scale_absmax: torch.Tensor | None
+    scale_offset: torch.Tensor | None
+    format: str
+    block_size: int
+    scale_bits: int
+    start: int
+    scale_start: int
+
+
+_PACKED = (
+    "Tensor codes, Tensor scales, Tensor? scale_absmax, Tensor? scale_offset, "
+    "str format, int block_size, int scale_bits, SymInt start, SymInt scale_start"
+)
+
+SCHEMAS = {
+    "quantize": "(Tensor w, str format, int block_size) -> (Tensor codes, Tensor scales)",
+    "quantize_scales": "(Tensor scales, int bits) -> (Tensor codes, Tensor absmax, Tensor offset)",
+    "dequantize": f"({_PACKED}, SymInt[] shape, ScalarType dtype) -> Tensor",
+    "dequantize_rows": f"({_PACKED}, SymInt columns, Tensor rows, ScalarType dtype) -> Tensor",
+    "linear": f"({_PACKED}, SymInt out_features, Tensor x, Tensor? bias) -> Tensor",
+    "linear_grad_input": f"({_PACKED}, SymInt in_features, Tensor grad) -> Tensor",
+}
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def split_packed(args: tuple[Any, ...]) -> tuple[PackedWeight, tuple[Any, ...]]:
+    """An op's arguments as its packed weight and the rest."""
+    fields = len(PackedWeight._fields)
+    return PackedWeight(*args[:fields]), args[fields:]
+
+
+@torch.library.register_fake(f"{NAMESPACE}::quantize", lib=LIBRARY)
+def _quantize(w: torch.Tensor, format: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = w.new_empty((packed_size(w.numel(), get_codebook(format).bits),), dtype=torch.uint8)
+    return codes, w.new_empty((-(-w.numel() // block_size),), dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::quantize_scales", lib=LIBRARY)
+def _quantize_scales(scales: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes = scales.new_empty((packed_size(scales.numel(), bits),), dtype=torch.uint8)
+    return codes, scales.new_empty((-(-scales.numel() // SCALE_BLOCK),)), scales.new_empty(())
+
+
+@torch.library.register_fake(f"{NAMESPACE}::dequantize", lib=LIBRARY)
+def _dequantize(*args: Any) -> torch.Tensor:
+    packed, (shape, dtype) = split_packed(args)
+    return packed.codes.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::dequantize_rows", lib=LIBRARY)
+def _dequantize_rows(*args: Any) -> torch.Tensor:
+    packed, (columns, rows, dtype) = split_packed(args)
+    return packed.codes.new_empty((*rows.shape, columns), dtype=dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear", lib=LIBRARY)
+def _linear(*args: Any) -> torch.Tensor:
+    _, (out_features, x, _bias) = split_packed(args)
+    return torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_grad_input", lib=LIBRARY)
+def _linear_grad_input(*args: Any) -> torch.Tensor:
+    _, (in_features, grad) = split_packed(args)
+    return torch.empty((*grad.shape[:-1], in_features), dtype=grad.dtype, device=grad.device)

@@ -1,0 +1,213 @@
+"""`load_model`: any transformers model from a local folder or the hub, quantized while it streams in.
+
+transformers' own loader does the work (`quantizer.py`); this module feeds it tensors that are read one at a time, so
+that loading peaks at what is kept and the largest tensor, and turns whatever is wrong with a folder into one
+sentence.
+
+A folder that is 4-bit already, made by halfbyte or by bitsandbytes, is recognised by its config.json and loaded as it
+is; bitsandbytes need not be installed.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte import env
+from halfbyte.errors import CheckpointError, FormatError, RequestError, nearest
+from halfbyte.formats import QuantSpec
+from halfbyte.models.checkpoint import Checkpoint, open_checkpoint
+from halfbyte.models.config import HalfbyteConfig
+from halfbyte.models.quantizer import collect_failures
+from halfbyte.nn import report
+from halfbyte.tensor import read_spec
+
+TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "encoder": "AutoModel",
+}
+
+
+def load_model(
+    path: str | Path,
+    *,
+    quantization: HalfbyteConfig | None = None,
+    dtype: torch.dtype | str | None = None,
+    task: str = "causal-lm",
+    num_labels: int | None = None,
+    device: torch.device | str | None = None,
+) -> Any:
+    """Load a transformers model, quantizing it on the way if asked to.
+
+    Args:
+        path: a model folder (nothing touches the network then), or a name on the hub.
+        quantization: how to quantize; None loads the model as it is stored. A folder that is 4-bit already is loaded as
+            it is when its encoding is the one asked for.
+        dtype: dtype of everything that is not quantized, and the logical dtype of what is; None or "auto": the
+            checkpoint's.
+        task: "causal-lm", "sequence-classification", "token-classification" or "encoder".
+        num_labels: classes of a new classification head.
+        device: where to put it; None: the CPU.
+
+    Returns:
+        The model in eval mode; `model.halfbyte_report` says what was quantized.
+
+    Raises:
+        CheckpointError: the folder is incomplete or damaged; the message names file and tensor.
+        FormatError: the model cannot be quantized as asked.
+        RequestError: no such task.
+    """
+    env.quiet_libraries()
+    if task not in TASKS:
+        raise RequestError(f"task {task!r} is not offered; {nearest(task, TASKS)}")
+    folder = _resolve(path)
+    checkpoint = open_checkpoint(folder)
+    config = _model_config(checkpoint, num_labels)
+    stored = _stored_quantization(checkpoint, quantization)
+    if stored is not None:
+        config.quantization_config = stored.own_dict()
+        quantization = None
+    model = _load(checkpoint, config, task, quantization, dtype)
+    model.config._name_or_path = str(path)
+    model.name_or_path = str(path)
+    if not hasattr(model, "halfbyte_report"):
+        model.halfbyte_report = report(model)
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model folder (nothing touches the network then) or of a name on the hub.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    env.quiet_libraries()
+    if Path(path).exists():
+        env.go_offline()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} has no tokenizer that transformers can read: {_first_line(error)}") from None
+
+
+def _resolve(path: str | Path) -> Path:
+    """A local folder; a hub name is downloaded (safetensors, config and tokenizer only) and its folder returned."""
+    folder = Path(path)
+    name = str(path)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        env.go_offline()
+        return folder.expanduser()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = _first_line(error)
+        raise CheckpointError(f"{name} is neither a folder here nor to be had from the hub: {reason}") from None
+
+
+def _model_config(checkpoint: Checkpoint, num_labels: int | None) -> Any:
+    from transformers import AutoConfig
+
+    options = {} if num_labels is None else {"num_labels": num_labels}
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {_first_line(error)}") from None
+
+
+def _stored_quantization(checkpoint: Checkpoint, wanted: HalfbyteConfig | None) -> HalfbyteConfig | None:
+    """How the folder is quantized already, or None."""
+    method = checkpoint.quant_method
+    if method is None:
+        packed = next((key for key in checkpoint if ".quant_state." in key), None)
+        if packed is not None:
+            raise CheckpointError(f"{checkpoint.path} holds {packed}, and its config.json has no quantization_config")
+        return None
+    declared = dict(checkpoint.config["quantization_config"])
+    if method == "bitsandbytes":
+        spec = _first_spec(checkpoint)
+        if spec is None:
+            raise CheckpointError(f"{checkpoint.path} says it is 4-bit bitsandbytes and holds no packed weight")
+        stored = HalfbyteConfig.from_bitsandbytes(declared, spec)
+    elif method == "halfbyte":
+        stored = HalfbyteConfig(**declared)
+    else:
+        raise CheckpointError(
+            f"{checkpoint.path} is quantized by {method!r}; halfbyte reads bitsandbytes' and its own 4-bit folders"
+        )
+    if wanted is not None and wanted.spec != stored.spec:
+        raise FormatError(
+            f"{checkpoint.path} is already quantized as {stored.spec}; to have it as {wanted.spec}, start from the "
+            "unquantized model"
+        )
+    if wanted is not None and wanted.compute_dtype is not None:
+        stored.compute_dtype = wanted.compute_dtype
+    return stored
+
+
+def _first_spec(checkpoint: Checkpoint) -> QuantSpec | None:
+    """The encoding of the first packed tensor; only its description is read."""
+    return next((read_spec(key, checkpoint[key].read()) for key in checkpoint if ".quant_state." in key), None)
+
+
+def _load(
+    checkpoint: Checkpoint, config: Any, task: str, quantization: HalfbyteConfig | None, dtype: torch.dtype | str | None
+) -> Any:
+    import transformers
+
+    auto = getattr(transformers, TASKS[task])
+    try:
+        with torch.device("meta"):
+            # Only for its class: the Auto classes take a name, and the tensors come from here, not from a name.
+            model_class = type(auto.from_config(_without_quantization(config)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be loaded as {task}: {_first_line(error)}") from None
+    try:
+        with collect_failures(checkpoint.failures):
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(checkpoint),
+                quantization_config=quantization,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they come back in `info`, and are refused below by name
+            )
+    except Exception:
+        if checkpoint.failures:
+            raise checkpoint.failures[0] from None
+        raise
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise CheckpointError(f"{checkpoint.path} has {name} as {tuple(stored)}, and the model's is {tuple(expected)}")
+    missing = sorted(name for name in info["missing_keys"] if not _may_be_new(model, name, task))
+    if missing:
+        raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} weights of the model, the first is {missing[0]}")
+    return model
+
+
+def _may_be_new(model: Any, name: str, task: str) -> bool:
+    """Whether a weight that the folder lacks may be made anew: a classifier, a pooler that pretraining did not use."""
+    if task == "causal-lm":
+        return False
+    body = model.base_model_prefix
+    return "pooler" in name.split(".") or (hasattr(model, body) and not name.startswith(f"{body}."))
+
+
+def _without_quantization(config: Any) -> Any:
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,225 @@
+"""The transformers integration: `AutoModelForX.from_pretrained(..., quantization_config=HalfbyteConfig())`.
+
+transformers owns the loading: which file holds which key, how checkpoint names become parameter names, how per-expert
+tensors are merged into one. This class adds three things: which parameters are quantized (before), how a dense tensor
+becomes a `QuantizedTensor` (on the way), and how packed tensors are put together from their keys (for folders that are
+quantized already). Nothing in transformers is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from halfbyte.errors import CheckpointError, FormatError, HalfbyteError
+from halfbyte.models.config import HalfbyteConfig
+from halfbyte.models.peft_layers import register_dispatcher
+from halfbyte.nn import output_layers, prepare, report
+from halfbyte.nn.replace import EMBEDDING, EXPERTS, Plan, make_plan, quantize_parameter
+from halfbyte.tensor import LAYOUTS, QuantizedTensor, flatten, unflatten
+
+_SUFFIXES = (
+    "",
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    *(f".quant_state.{layout}__{name}" for layout in LAYOUTS for name in ("nf4", "fp4", "e2m1", "int4", "int8")),
+)
+
+
+# Where halfbyte's own errors are kept while transformers loads: it would turn them into a report of tracebacks.
+_failures: ContextVar[list[Exception] | None] = ContextVar("halfbyte_loading_failures", default=None)
+
+
+@contextmanager
+def collect_failures(failures: list[Exception]) -> Iterator[None]:
+    """Append the halfbyte errors raised while a model loads to `failures`."""
+    token = _failures.set(failures)
+    try:
+        yield
+    finally:
+        _failures.reset(token)
+
+
+@contextmanager
+def _remembered() -> Iterator[None]:
+    try:
+        yield
+    except HalfbyteError as error:
+        kept = _failures.get()
+        if kept is not None:
+            kept.append(error)
+        raise
+
+
+class _Quantize(ConversionOps):
+    """A dense tensor from a checkpoint becomes a quantized parameter."""
+
+    def __init__(self, quantizer: HalfbyteQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Parameter name -> dense tensor, to parameter name -> parameter."""
+        result = {}
+        for name, value in input_dict.items():
+            dense = value[0] if isinstance(value, list) else value
+            kind = self.quantizer.plan.chosen.get(name)
+            with _remembered():
+                if kind is not None:
+                    dense = quantize_parameter(name, dense, kind, self.quantizer.quantization_config.spec)
+                    _check_shape(kwargs["model"], name, dense)
+                result[name] = dense
+        return result
+
+
+class _Assemble(ConversionOps):
+    """The keys of a packed tensor become a quantized parameter; a key that stands alone is a dense tensor."""
+
+    def __init__(self, quantizer: HalfbyteQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The stored keys of one parameter ("weight", "weight.absmax", ...) to that parameter."""
+        model, full_layer_name = kwargs["model"], kwargs["full_layer_name"]
+        parts = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        attribute = full_layer_name.rpartition(".")[2]
+        with _remembered():
+            if len(parts) == 1:
+                (key, dense), target = next(iter(parts.items())), model.get_parameter_or_buffer(full_layer_name)
+                if not dense.is_floating_point():
+                    raise CheckpointError(
+                        f"{full_layer_name} is stored as {dense.dtype} and nothing says how to decode it"
+                    )
+                return {key: dense.to(target.dtype)}
+            flat = {full_layer_name + key.removeprefix(attribute): value for key, value in parts.items()}
+            packed = unflatten(full_layer_name, flat)
+            _check_shape(model, full_layer_name, packed)
+            return {attribute: nn.Parameter(packed, requires_grad=False)}
+
+
+@register_quantizer("halfbyte")
+class HalfbyteQuantizer(HfQuantizer):
+    """What transformers asks while it loads and saves a model.
+
+    Attributes:
+        quantization_config: the `HalfbyteConfig`.
+        plan: which parameters are quantized and why the others are not.
+    """
+
+    requires_calibration = False
+    quantization_config: HalfbyteConfig
+    # Every parameter name that may be packed -> the keys that may stand for it in a file.
+    serialized_names: ClassVar[dict[str, list[str]]] = {  # type: ignore[misc]  # untyped upstream
+        attribute: [attribute + suffix for suffix in _SUFFIXES]
+        for attribute in ("weight", "gate_up_proj", "down_proj", "gate_proj", "up_proj")
+    }
+
+    def __init__(self, quantization_config: HalfbyteConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.plan = Plan({}, {})
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        # A folder that is quantized already may name modules to skip that this task's model does not have.
+        skip = [name for name in config.skip_modules if not self.pre_quantized or _names_something(model, name)]
+        embeddings = config.quantize_embeddings
+        self.plan = make_plan(model, skip=skip, heads=output_layers(model), quantize_embeddings=embeddings)
+        if not self.pre_quantized:
+            _check_share(model, self.plan, config.min_quantized_share)
+        prepare(model, self.plan, config.compute_dtype)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for parameter in model.parameters():
+            if isinstance(parameter, QuantizedTensor):
+                parameter.requires_grad_(False)
+        kinds = set(self.plan.chosen.values())
+        config = self.quantization_config
+        config.model_dtype = model.dtype
+        config.bitsandbytes_readable = config.spec.interchange and not kinds & {EXPERTS, EMBEDDING}
+        if EXPERTS in kinds and hasattr(model, "set_experts_implementation"):
+            # transformers' grouped kernels take all experts as one dense tensor; its eager loop takes one at a time.
+            model.set_experts_implementation("eager")
+        anew = [name for name in self.plan.chosen if not isinstance(model.get_parameter(name), QuantizedTensor)]
+        model.halfbyte_report = report(model, self.plan.skipped | dict.fromkeys(anew, "made anew"))
+        register_dispatcher()
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether the plan chose a parameter."""
+        return param_name in self.plan.chosen
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What is done to a dense tensor on its way into the model."""
+        return _Quantize(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """What is done to the keys of a packed tensor."""
+        return {"deserialize": _Assemble}
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The state dict with every packed tensor flattened to its keys."""
+        layout = "bitsandbytes" if self.quantization_config.bitsandbytes_readable else "halfbyte"
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in model.state_dict().items():
+            state.update(flatten(name, tensor, layout) if isinstance(tensor, QuantizedTensor) else {name: tensor})
+        if not any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters()):
+            # Adapters were merged and the weights are dense now; a config that says otherwise would make a broken folder.
+            self.remove_quantization_config(model)
+        # Packed experts cannot be split back into the per-expert tensors of the original checkpoint.
+        model._weight_conversions = []
+        return state, {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, parameter in list(model.named_parameters()):
+            if isinstance(parameter, QuantizedTensor):
+                path, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(path), attribute, nn.Parameter(parameter.dequantize(dtype)))
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Every encoding has a layout in files."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on the frozen weights."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The ops have fakes and the tensor is traceable."""
+        return True
+
+
+def _check_shape(model: nn.Module, name: str, packed: torch.Tensor) -> None:
+    """transformers does not compare the shape of what a quantizer hands it."""
+    expected = model.get_parameter(name).shape
+    if packed.shape != expected:
+        raise CheckpointError(f"{name} is stored as {tuple(packed.shape)}, and the model's is {tuple(expected)}")
+
+
+def _check_share(model: nn.Module, plan: Plan, minimum: float) -> None:
+    """Refuse a model of which too little would be quantized: some weights have a shape nobody thought of."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    outside = sum(size for name, size in sizes.items() if plan.skipped.get(name) not in ("embedding", "output layer"))
+    inside = sum(sizes[name] for name in plan.chosen)
+    if inside < minimum * outside:
+        skipped = ", ".join(f"{name} ({why})" for name, why in list(plan.skipped.items())[:3]) or "every layer"
+        raise FormatError(
+            f"only {100 * inside / max(outside, 1):.0f} % of the parameters outside embeddings and output layers would "
+            f"be quantized (min_quantized_share is {minimum}); skipped: {skipped}"
+        )
+
+
+def _names_something(model: nn.Module, pattern: str) -> bool:
+    return any(f".{pattern}." in f".{name}." for name, _ in model.named_modules())

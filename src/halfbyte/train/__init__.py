@@ -1,0 +1,1 @@
+"""Training: the recipe, and supervised fine-tuning by it."""

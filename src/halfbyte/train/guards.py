@@ -1,0 +1,180 @@
+"""What every trainer here has over the library's: no silent wrongness, whatever is learnt.
+
+The training loop and the optimizer step are transformers'. Four things are added, once for all tasks.
+
+* **Data arrives tokenized.** Labels say what counts (`halfbyte.data`), batches are padded by length.
+* **A number that is not finite stops the run** and is traced: the batch is run again with a look at every module's
+  output, and the first that is not finite is named. Averaging on over a NaN is how runs are lost unnoticed.
+* **Evaluation sums over what is predicted.** The loss of a data set is the mean over its trained tokens (or its rows),
+  not over its batches, so it does not depend on the batch size, and logits are never gathered.
+* **float16 works on the CPU too.** accelerate scales the loss on GPUs only; see `create_accelerator_and_postprocess`.
+
+**Precision.** Adapters, modules that are trained whole and, for full fine-tuning, the weights are float32 masters
+whatever the compute dtype: an update of 1e-5 of a weight is below bfloat16's resolution of 2^-8 and would be rounded
+away. The products run in the compute dtype under autocast, on the CPU as on CUDA; casting the masters for good would
+lose updates, casting the activations up to float32 (peft's way without autocast) would double their memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from halfbyte.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from halfbyte.train.recipe import Recipe
+
+
+class Guards(transformers.Trainer):
+    """Stands in front of a library's trainer in the list of base classes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for library_callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(library_callback)
+
+    def forward_again(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+        """The forward pass that `compute_loss` does on a batch, to look at it once more."""
+        raise NotImplementedError
+
+    def sums(self, model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, float]:
+        """What `evaluate` adds up over batches: `loss` and the like, and the `count` that they are divided by."""
+        raise NotImplementedError
+
+    def means(self, totals: Counter[str]) -> dict[str, float]:
+        """The metrics of a data set from its sums."""
+        return {name: total / totals["count"] for name, total in totals.items() if name != "count"}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """transformers' accelerator; with float16 on a CPU, given what accelerate gives it on a GPU only.
+
+        float16 has 5 bits of exponent, and small gradients would be zero: the loss is multiplied by a large number
+        before the backward pass, and the gradients are divided by it after. A step whose gradients overflow is left
+        out, and the number halved.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.args.fp16 and self.accelerator.device.type == "cpu":
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The library's loss, refused when it is not finite."""
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if not torch.isfinite(loss).all():
+            step = self.state.global_step + 1
+            raise NonFiniteError(f"the loss at step {step} is {loss.item()}; {self._first_not_finite(model, inputs)}.")
+        return result
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # With float16 the loss scaler answers an overflow by skipping the step; it is no defect until the loss is no
+        # longer scaled up at all.
+        scaler = self.accelerator.scaler
+        if (scaler is None or scaler.get_scale() < 1) and not math.isfinite(float(norm)):
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                    raise NonFiniteError(f"step {self.state.global_step + 1}: the gradient of {name} is not finite.")
+        return norm
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Means over the evaluation rows, by the task: `eval_loss` in nats, and what goes with it."""
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        totals: Counter[str] = Counter()
+        with torch.no_grad(), self.accelerator.autocast():
+            for rows in self.get_eval_dataloader(eval_dataset):
+                totals.update(self.sums(model, self._prepare_inputs(rows)))
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.means(totals).items()}
+        self.log(dict(metrics))  # the library adds to what it logs
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _first_not_finite(self, model: torch.nn.Module, inputs: dict[str, Any]) -> str:
+        """Where it began: a weight, else the first module output of this batch, in order of computation."""
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and parameter.requires_grad and not torch.isfinite(parameter).all():
+                return f"the first tensor that is not finite is the weight {name}"
+        with torch.no_grad(), _watch_outputs(model) as found:
+            self.forward_again(model, inputs)
+        return f"the first tensor that is not finite is the output of {found[0]}" if found else "every output is finite"
+
+
+@contextmanager
+def _watch_outputs(model: torch.nn.Module) -> Iterator[list[str]]:
+    """Collect the names of modules whose output is not finite, in the order in which they finish."""
+    found: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        tensors = output if isinstance(output, tuple | list) else (output,)
+        if any(isinstance(t, torch.Tensor) and t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
+            found.append(name)
+
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def options(recipe: Recipe, folder: Path, rows: int) -> dict[str, Any]:
+    """The recipe in the words of transformers' TrainingArguments."""
+    batches = math.ceil(rows / recipe.per_device_train_batch_size)
+    steps = recipe.max_steps or math.ceil(
+        math.ceil(batches / recipe.gradient_accumulation_steps) * recipe.num_train_epochs
+    )
+    return {
+        "output_dir": str(folder),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "warmup_steps": math.ceil(steps * recipe.warmup_ratio),
+        "num_train_epochs": recipe.num_train_epochs,
+        "max_steps": recipe.max_steps or -1,
+        "per_device_train_batch_size": recipe.per_device_train_batch_size,
+        "per_device_eval_batch_size": recipe.per_device_eval_batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "optim": "adamw_torch",
+        "bf16": recipe.compute_dtype == "bfloat16",
+        "fp16": recipe.compute_dtype == "float16",
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": recipe.logging_steps,
+        "logging_nan_inf_filter": False,  # it would replace a NaN by the last good loss in the log
+        "eval_strategy": "steps" if recipe.eval_steps else "no",
+        "eval_steps": recipe.eval_steps,
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": [],
+        "disable_tqdm": True,
+    }

@@ -1,0 +1,75 @@
+"""What a run says while it runs: a progress bar on a terminal, a line for each log elsewhere, JSON lines on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class Metrics(TrainerCallback):
+    """Writes one JSON object for each log and shows the progress.
+
+    Args:
+        path: the file of JSON lines.
+        console: where to show.
+
+    Attributes:
+        seconds: of training, evaluations included, once it has ended.
+        tokens: that were trained on or given, padding not counted.
+        losses: every logged training loss.
+    """
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self._path, self._console = path, console
+        self._bar: Progress | None = None
+        self._start = 0.0
+        self.seconds = 0.0
+        self.tokens = 0
+        self.losses: list[float] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock, and the bar on a terminal."""
+        self._start = time.perf_counter()
+        if self._console.is_terminal:
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self._console)
+            self._bar.start()
+            self._bar.add_task("", total=state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        self.seconds = time.perf_counter() - self._start
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the log down and show it."""
+        logs: dict[str, Any] = kwargs["logs"]
+        # The same number by two names: trl's, and transformers' own.
+        self.tokens = int(logs.get("num_tokens", logs.get("num_input_tokens_seen", self.tokens)))
+        entry = {"step": state.global_step, **logs}
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+            elapsed = time.perf_counter() - self._start
+            entry |= {"seconds": round(elapsed, 3), "tokens_per_second": round(self.tokens / elapsed, 1)}
+            shown = f"loss {logs['loss']:.4f}  {entry['tokens_per_second']:,.0f} tokens/s"
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], description=shown)
+            else:
+                self._console.print(f"step {state.global_step}/{state.max_steps}  {shown}")
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        """Give the terminal back, whether training ended or failed."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

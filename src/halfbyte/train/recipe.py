@@ -1,0 +1,265 @@
+"""The recipe: everything that decides what a training run does, in one flat, frozen, typed object.
+
+Names follow transformers and peft, so that what a person knows from there holds here. A default is written once, on its
+field. `load_recipe` reports all mistakes of a file at once, each in a sentence that names the key, the value and the
+nearest valid choice: a person who mends one mistake should not have to start again to hear of the next.
+
+**Relative paths.** A path in a recipe file is relative to the file's folder, so a recipe and its data can be moved
+together and run from anywhere. A path given on the command line (`--set dataset=mine.jsonl`) is relative to the
+current directory, where the person who types it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from halfbyte.errors import RecipeError, nearest
+from halfbyte.formats import BLOCK_SIZES, FORMATS
+
+Method = Literal["qlora", "lora", "full"]
+TaskName = Literal["causal-lm", "sequence-classification"]
+PATH_KEYS = ("model_name_or_path", "output_dir", "dataset", "eval_dataset")
+
+
+class Recipe(BaseModel):
+    """A training run. See `docs/` for one sentence on each key; the descriptions below are that text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+    model_name_or_path: str = Field(description="model folder, or a name on the Hugging Face hub")
+    output_dir: str = Field(description="run directory; must not exist, or be empty")
+    method: Method = Field("qlora", description="qlora: frozen base in few bits; lora: frozen base; full: all weights")
+    task: TaskName = Field("causal-lm", description="what is learnt: to write, or to say which class a text belongs to")
+    seed: int = Field(42, ge=0, description="of initialisation, order and dropout")
+
+    dataset: tuple[str, ...] = Field(description="data files to train on, one or a list", min_length=1)
+    eval_dataset: tuple[str, ...] = Field((), description="data files to measure on, before and after")
+    eval_metric: Literal["loss", "exact_match", "accuracy"] = Field(
+        "loss", description="what to measure on eval_dataset; of a classifier, loss and accuracy come together"
+    )
+    max_new_tokens: int = Field(128, ge=1, description="longest answer when eval_metric is exact_match")
+    max_length: int | None = Field(
+        None, ge=2, description="tokens of the longest row; null: 1024, or what the model was made for if that is less"
+    )
+    train_on: Literal["completion", "all"] = Field("completion", description="loss on answers only, or on every token")
+
+    format: str = Field("nf4", description="number format of the frozen base (qlora)")
+    block_size: int = Field(64, description="weights that share a scale (qlora)")
+    scale_bits: Literal[4, 6, 8] | None = Field(8, description="bits of a double-quantized scale; null: float32 scales")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="of the matrix products")
+
+    lora_r: int = Field(16, ge=1, description="rank of the adapter")
+    lora_alpha: float = Field(32, gt=0, description="the adapter is scaled by lora_alpha / lora_r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
+    lora_bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
+    target_modules: Literal["all-linear", "attention"] | tuple[str, ...] = Field(
+        "all-linear", description="linear modules that get an adapter: a group, or a list of names"
+    )
+    modules_to_save: tuple[str, ...] = Field((), description="modules that are trained whole and saved")
+    rank_pattern: dict[str, int] = Field({}, description="ranks of single modules, by name")
+    alpha_pattern: dict[str, float] = Field({}, description="alphas of single modules, by name")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(lora_r)")
+    use_dora: bool = Field(False, description="train a magnitude beside the direction")
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "pissa", "olora"] = Field(
+        True, description="how the adapter starts; true: it changes nothing at first"
+    )
+
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data; max_steps takes precedence")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; null: num_train_epochs decides")
+    per_device_train_batch_size: int = Field(8, ge=1)
+    per_device_eval_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    optim: Literal["adamw"] = "adamw"
+
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int | None = Field(None, ge=1, description="measure the loss on eval_dataset every so many steps")
+
+    @field_validator("dataset", "eval_dataset", "target_modules", "modules_to_save", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        """YAML has lists; a frozen object holds tuples; a single name stands for a list of one."""
+        if isinstance(value, str) and value not in ("all-linear", "attention"):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("format")
+    @classmethod
+    def _offered_format(cls, value: str) -> str:
+        if value not in FORMATS:
+            raise ValueError(f"is not offered; {nearest(value, FORMATS)}")
+        return value
+
+    @field_validator("block_size")
+    @classmethod
+    def _offered_block_size(cls, value: int) -> int:
+        if value not in BLOCK_SIZES:
+            near = min(BLOCK_SIZES, key=lambda size: abs(size - value))
+            raise ValueError(f"is not offered; the nearest is {near} (of {', '.join(map(str, BLOCK_SIZES))})")
+        return value
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, in hexadecimal: equal digests mean equal recipes."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every key written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: a YAML file.
+        overrides: "key=value" strings that replace what the file says; values are YAML.
+
+    Raises:
+        RecipeError: with every mistake found.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) if siblings else f"there are no recipes in {path.parent}"
+        raise RecipeError(str(path), [f"the recipe does not exist; {hint}."]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), [f"the recipe cannot be read: {error}."]) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(str(path), ["not YAML: " + " ".join(str(error).split()) + "."]) from error
+    if not isinstance(values, dict):
+        raise RecipeError(str(path), ["a recipe is a list of `key: value` lines."])
+    mistakes: list[str] = []
+    values = _resolve(values, path.parent)
+    values |= _resolve(_parse_overrides(overrides, mistakes), Path())
+    return make_recipe(values, source=str(path), mistakes=mistakes)
+
+
+def make_recipe(values: Mapping[str, Any], *, source: str = "recipe", mistakes: Iterable[str] = ()) -> Recipe:
+    """Make a recipe from a dictionary, with the same messages as from a file.
+
+    Raises:
+        RecipeError: with every mistake found, those in `mistakes` first.
+    """
+    mistakes = list(mistakes)
+    recipe = None
+    wrong: set[str] = set()
+    try:
+        recipe = Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        told = {(str(e["loc"][0]), _sentence(e)) for e in _one_for_each_key(error.errors())}
+        wrong = {key for key, _ in told}
+        mistakes += sorted(sentence for _, sentence in told)
+    mistakes += _contradictions({key: None if key in wrong else value for key, value in values.items()})
+    if mistakes or recipe is None:
+        raise RecipeError(source, mistakes)
+    return recipe
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """Keys that are right alone and wrong together."""
+    found = []
+    task = values.get("task", Recipe.model_fields["task"].default)
+    metric = values.get("eval_metric")
+    if metric == "accuracy" and task == "causal-lm":
+        found.append("eval_metric is 'accuracy' but task is 'causal-lm', whose answers are texts; choose exact_match.")
+    if metric == "exact_match" and task == "sequence-classification":
+        found.append("eval_metric is 'exact_match' but task is 'sequence-classification'; choose accuracy.")
+    if not values.get("eval_dataset"):
+        for key in ("eval_metric", "eval_steps"):
+            if values.get(key) not in (None, Recipe.model_fields[key].default):
+                found.append(f"{key} is {values[key]!r} but eval_dataset is not set; name the file to measure on.")
+    return found
+
+
+def _parse_overrides(overrides: Sequence[str], mistakes: list[str]) -> dict[str, Any]:
+    values = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            mistakes.append(f"--set {override!r} is not of the form key=value.")
+            continue
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            values[key.strip()] = value
+    return values
+
+
+def _resolve(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make the paths among `values` absolute, taking `folder` as their start. Other types are left for validation."""
+    resolved = dict(values)
+    for key in PATH_KEYS:
+        value = values.get(key)
+        if key == "model_name_or_path" and isinstance(value, str) and is_hub_name(value, folder):
+            continue
+        if isinstance(value, str):
+            resolved[key] = str((folder / Path(value).expanduser()).resolve())
+        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+            resolved[key] = [str((folder / Path(item).expanduser()).resolve()) for item in value]
+    return resolved
+
+
+def is_hub_name(name: str, folder: Path = Path()) -> bool:
+    """Whether a model is named on the hub and not by a path: `owner/model`, with no such folder here."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not (folder / name).exists()
+
+
+def _one_for_each_key(errors: Iterable[ErrorDetails]) -> list[ErrorDetails]:
+    """pydantic reports each member of a union; the first says enough."""
+    first: dict[str, ErrorDetails] = {}
+    for error in errors:
+        first.setdefault(str(error["loc"][0]), error)
+    return list(first.values())
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """A pydantic error as one sentence that names the key, the value and the nearest valid choice."""
+    key, kind, value = str(error["loc"][0]), error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return _stop(f"unknown key {key!r}; {nearest(key, Recipe.model_fields)}")
+    field = Recipe.model_fields[key]
+    if kind == "missing":
+        return f"the key {key!r} is missing ({field.description})."
+    choices = _choices(field.annotation)
+    if choices:
+        names = ["null" if choice is None else str(choice) for choice in choices]
+        listed = " or a list of names" if "tuple" in str(field.annotation) else ""
+        return _stop(f"{key} is {value!r}, which is not offered; {nearest(str(value), names)}{listed}")
+    if kind == "value_error":
+        return _stop(f"{key} is {value!r}, which {error['msg'].removeprefix('Value error, ')}")
+    return _stop(f"{key} is {value!r} and {error['msg'].removeprefix('Input ')}")
+
+
+def _stop(sentence: str) -> str:
+    return sentence if sentence.endswith("?") else sentence + "."
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The literal values that an annotation offers, through unions; empty where it is no choice."""
+    if annotation is type(None):
+        return [None]
+    if annotation is bool:
+        return ["true", "false"]
+    members = get_args(annotation)
+    if not any(isinstance(member, str | int) or get_args(member) or member is bool for member in members):
+        return []
+    found: list[Any] = []
+    for member in members:
+        found += [member] if isinstance(member, str | int) else _choices(member)
+    return found

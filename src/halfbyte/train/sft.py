@@ -1,0 +1,282 @@
+"""Supervised fine-tuning: a recipe in, a run directory out. What a task has of its own is in `tasks.py`.
+
+The order is that of cost. What can be wrong with a request (paths, columns, module names, ranks, the place to write) is
+checked before a weight is read; the weights are read before anything is trained; and the run directory appears when
+everything in it is complete.
+
+    recipe.yaml            resolved, every key written out: `halfbyte train` of it repeats the run
+    metrics.jsonl          one JSON object for each log
+    adapter_config.json    the adapter in peft's own format, with the base it belongs to;
+    adapter_model.safetensors                                   or the whole model, for `method: full`
+    config.json            of a classifier: the names of its classes, and the pad token it was trained with
+    tokenizer files        with the chat template that the model was trained on
+    summary.json           what it cost and what came out
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from halfbyte import env
+from halfbyte.errors import CheckpointError, RequestError
+from halfbyte.train.memory import PeakMemory
+from halfbyte.train.progress import Metrics
+from halfbyte.train.recipe import Recipe, is_hub_name
+from halfbyte.train.targets import check_targets, outline, trainable_report
+from halfbyte.train.tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+USUAL_LENGTH = 1024  # tokens of a row where the recipe does not say and the model allows it
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
+
+# Measures a model on examples: the name of the metric and its value, "exact_match" -> 0.91. It comes from the caller,
+# since evaluation stands above training in the layer order.
+Evaluator = Callable[["PreTrainedModel", "PreTrainedTokenizerBase", Sequence[Any]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was asked for, read and checked."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    targets: str | list[str]
+    head: tuple[str, ...]
+
+
+def train(recipe: Recipe, *, evaluator: Evaluator | None = None, console: Console | None = None) -> dict[str, Any]:
+    """Train as the recipe says.
+
+    Args:
+        recipe: what to do.
+        evaluator: measures the model on `eval_dataset` before and after; None measures the loss.
+        console: where progress is shown; None is stderr.
+
+    Returns:
+        The summary, as `summary.json` holds it.
+
+    Raises:
+        RequestError: the request is wrong; nothing was written.
+        NonFiniteError: a loss or a gradient is not finite; the message names the first tensor.
+    """
+    from halfbyte.models import check_output_folder, new_folder
+
+    console = console or Console(stderr=True)
+    if not is_hub_name(recipe.model_name_or_path):
+        env.go_offline()
+    env.quiet_libraries()
+    check_output_folder(recipe.output_dir)
+    inputs = check_request(recipe)
+    with new_folder(recipe.output_dir) as folder:
+        summary = _train_into(folder, recipe, inputs, evaluator, console)
+    return summary
+
+
+def check_request(recipe: Recipe) -> Inputs:
+    """Read the data, the tokenizer and the model's config, and check module names and ranks. No weight is read.
+
+    Raises:
+        RequestError: the first thing that is wrong.
+    """
+    from transformers import AutoConfig
+
+    from halfbyte.models import check_model_folder, load_tokenizer
+
+    task = TASKS[recipe.task](recipe)
+    if not is_hub_name(recipe.model_name_or_path):
+        check_model_folder(recipe.model_name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(recipe.model_name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{recipe.model_name_or_path} has no config that transformers can read: {reason}"
+        ) from None
+    tokenizer = load_tokenizer(recipe.model_name_or_path)
+    max_length = _max_length(recipe, config, tokenizer)
+    model = outline(config, recipe.task)
+    targets: str | list[str] = [] if recipe.method == "full" else check_targets(recipe, model.shapes)
+    return Inputs(task, tokenizer, max_length, targets, model.head)
+
+
+def _max_length(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The recipe's, checked, or what fits."""
+    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if recipe.task == "sequence-classification":  # RoBERTa has 514 positions for 512 tokens; its tokenizer knows
+        limit = min(limit, tokenizer.model_max_length)
+    if recipe.max_length is None:
+        return min(limit, USUAL_LENGTH)
+    if recipe.max_length > limit:
+        raise RequestError(
+            f"max_length {recipe.max_length} is above what the model was made for; choose at most {limit}."
+        )
+    return recipe.max_length
+
+
+def _train_into(
+    folder: Path, recipe: Recipe, inputs: Inputs, evaluator: Evaluator | None, console: Console
+) -> dict[str, Any]:
+    from transformers import set_seed
+
+    memory = PeakMemory()
+    set_seed(recipe.seed)  # adapters and heads start from random numbers
+    task, tokenizer = inputs.task, inputs.tokenizer
+    rows = task.tokenize(task.examples, tokenizer, inputs.max_length)
+    eval_rows = task.tokenize(task.eval_examples, tokenizer, inputs.max_length) if task.eval_examples else None
+    console.print(f"data: {rows.report}")
+    base = load_base(recipe, head=inputs.head, num_labels=len(task.labels) or None)
+    task.settle(base, tokenizer)
+    cost = _cost_of(base)
+    console.print(f"base: {base.halfbyte_report}")
+    model = add_adapter(base, recipe, inputs.targets, inputs.head)
+    metrics = Metrics(folder / "metrics.jsonl", console)
+    trainer = task.trainer()(
+        model,
+        recipe,
+        rows=rows.dataset,
+        eval_rows=eval_rows.dataset if eval_rows else None,
+        tokenizer=tokenizer,
+        folder=folder,
+        callbacks=[metrics],
+    )
+
+    def measure() -> dict[str, float] | None:
+        if not task.eval_examples:
+            return None
+        if evaluator is None:
+            return trainer.evaluate()
+        with trainer.accelerator.autocast():  # as in training: masters are float32, the base is in the compute dtype
+            return evaluator(model, tokenizer, task.eval_examples)
+
+    before = measure()
+    try:
+        trainer.train()
+    finally:
+        metrics.close()
+    after = measure()
+    summary = {
+        "recipe": recipe.digest,
+        **task.facts(tokenizer),
+        "data": rows.report.as_dict(),
+        **cost,
+        **trainable_report(model),
+        "steps": trainer.state.global_step,
+        "seconds": round(metrics.seconds, 3),
+        "tokens_per_second": round(metrics.tokens / max(metrics.seconds, 1e-9), 1),
+        "peak_memory_bytes": memory.host(),
+        "peak_gpu_memory_bytes": memory.device(),
+        "final_loss": metrics.losses[-1] if metrics.losses else None,
+        "before": before,
+        "after": after,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    }
+    _write(folder, recipe, model, tokenizer, summary)
+    return summary
+
+
+def load_base(recipe: Recipe, *, head: Sequence[str] = (), num_labels: int | None = None) -> PreTrainedModel:
+    """The model that a recipe starts from.
+
+    qlora: quantized, the rest in the compute dtype. lora: the compute dtype. full: float32 masters, whatever the
+    compute dtype (see `halfbyte.train.guards`).
+
+    Args:
+        recipe: names the model and how it is stored.
+        head: modules of a classifier that are trained whole.
+        num_labels: classes of a classifier.
+    """
+    from halfbyte.models import HalfbyteConfig, load_model
+
+    path, compute = recipe.model_name_or_path, getattr(torch, recipe.compute_dtype)
+    if recipe.method != "qlora":
+        dtype = torch.float32 if recipe.method == "full" else compute
+        return load_model(path, dtype=dtype, task=recipe.task, num_labels=num_labels)
+    quantization = HalfbyteConfig(
+        format=recipe.format,
+        block_size=recipe.block_size,
+        scale_bits=recipe.scale_bits,
+        compute_dtype=compute,
+        skip_modules=[*recipe.modules_to_save, *head] or None,  # what is trained whole cannot be packed
+    )
+    return load_model(path, quantization=quantization, dtype=compute, task=recipe.task, num_labels=num_labels)
+
+
+def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str], head: Sequence[str] = ()) -> Any:
+    """The base with the recipe's adapter, or the base itself for `method: full`. What is trained is float32."""
+    if recipe.method == "full":
+        return base
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    whole = [*recipe.modules_to_save, *(name for name in head if name not in SEQ_CLS_HEAD_NAMES)]  # peft adds those
+
+    config = LoraConfig(
+        task_type=TASKS[recipe.task].peft_type,
+        base_model_name_or_path=recipe.model_name_or_path,
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type]  # peft's annotation says int; it only divides
+        lora_dropout=recipe.lora_dropout,
+        bias=recipe.lora_bias,
+        target_modules=targets,
+        modules_to_save=whole or None,
+        rank_pattern=dict(recipe.rank_pattern),
+        alpha_pattern=dict(recipe.alpha_pattern),
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        init_lora_weights=recipe.init_lora_weights,
+    )
+    model = get_peft_model(base, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft leaves modules_to_save in the base's dtype
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _cost_of(base: PreTrainedModel) -> dict[str, Any]:
+    """What the base takes, counted by its report from the bytes of its tensors."""
+    report: Any = base.halfbyte_report
+    return {
+        "total_parameters": report.total,
+        "quantized_share": report.share,
+        "bits_per_quantized_parameter": report.bits_per_weight,
+        "bits_per_parameter": 8 * report.nbytes / report.total,
+        "base_bytes": report.nbytes,
+    }
+
+
+def _write(
+    folder: Path, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, summary: dict[str, Any]
+) -> None:
+    # peft's "auto" asks the hub whether the vocabulary has changed, and offline the run is lost at its end (peft#1452)
+    options: dict[str, Any] = {} if recipe.method == "full" else {"save_embedding_layers": False}
+    model.save_pretrained(folder, **options)
+    if recipe.method != "full" and recipe.task == "sequence-classification":
+        _write_config(folder, model)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card: a form with nothing filled in
+    tokenizer.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(folder: Path, model: Any) -> None:
+    """The config of an adapter's base, as it was trained but unquantized: `num_labels` and the names of the classes."""
+    base = model.get_base_model()
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(base).__name__]
+    config.save_pretrained(folder)

@@ -1,0 +1,146 @@
+"""What differs between the tasks; `halfbyte.train.sft` is the run that they share.
+
+| task                    | a row is               | the model gets            | the loss is on        |
+|---|---|---|---|
+| causal-lm               | a conversation, a text | nothing new               | tokens                |
+| sequence-classification | a text and its label   | a head, one row per class | the class of a text   |
+
+**A new head is trained whole.** The classes of a task are not in any pretrained model, so its head starts from random
+numbers. An adapter of low rank beside a random matrix would be no head; packing the matrix would freeze it. So the
+head is left unquantized, trained like a weight of full fine-tuning, and saved with the adapter. The same goes for the
+pooler, which stands between an encoder and its head and which many checkpoints lack: what is random and not saved would be
+another random number when the adapter is loaded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from halfbyte.data import (
+    Renderer,
+    Tokenized,
+    label_names,
+    read_examples,
+    read_labelled,
+    tokenize,
+    tokenize_labelled,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from halfbyte.train.guards import Guards
+    from halfbyte.train.recipe import Recipe
+
+
+class Task(ABC):
+    """The examples of a run, and how they are learnt.
+
+    Args:
+        recipe: names the files, which are read here.
+
+    Attributes:
+        examples: the training set; `eval_examples`: what is measured on.
+        labels: names of the classes; empty where there are none.
+        peft_type: what peft calls the task.
+
+    Raises:
+        DataError: see `read_examples` and `read_labelled`.
+    """
+
+    peft_type: ClassVar[str]
+    labels: tuple[str, ...] = ()
+    examples: Sequence[Any]
+    eval_examples: Sequence[Any]
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @abstractmethod
+    def tokenize(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+        """Rows of token ids and labels."""
+
+    @abstractmethod
+    def trainer(self) -> type[Guards]:
+        """The trainer; its library is imported here and not before."""
+
+    @abstractmethod
+    def settle(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write into a model's config what only the data knows."""
+
+    @abstractmethod
+    def facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """What the summary says about the task."""
+
+
+class Writing(Task):
+    """causal-lm: supervised fine-tuning on conversations and plain texts."""
+
+    peft_type = "CAUSAL_LM"
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.examples = read_examples(recipe.dataset)
+        self.eval_examples = read_examples(recipe.eval_dataset)
+
+    def tokenize(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+        """By the tokenizer's chat template."""
+        return tokenize(examples, Renderer(tokenizer), max_length=max_length, train_on=self.recipe.train_on)
+
+    def trainer(self) -> type[Guards]:
+        """trl's, guarded."""
+        from halfbyte.train.trainer import Trainer
+
+        return Trainer
+
+    def settle(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Nothing."""
+
+    def facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Which chat template it was."""
+        return {"chat_template": Renderer(tokenizer).digest}
+
+
+class Classifying(Task):
+    """sequence-classification: one class for each text, or pair of texts."""
+
+    peft_type = "SEQ_CLS"
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.examples = read_labelled(recipe.dataset)
+        self.eval_examples = read_labelled(recipe.eval_dataset)
+        self.labels = label_names(self.examples)
+
+    def tokenize(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+        """As the encoder was pretrained; no chat template."""
+        return tokenize_labelled(examples, tokenizer, self.labels, max_length=max_length)
+
+    def trainer(self) -> type[Guards]:
+        """transformers', guarded."""
+        from halfbyte.train.classifier import ClassifierTrainer
+
+        return ClassifierTrainer
+
+    def facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """The names of the classes, in order."""
+        return {"labels": list(self.labels)}
+
+    def settle(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Name the classes and the pad token.
+
+        A decoder is asked at its last token, which transformers finds by looking for the last that is not the pad
+        token: its config has to name the one that batches are padded with.
+        """
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        config: Any = base.config
+        config.pad_token_id = tokenizer.pad_token_id
+        config.id2label = dict(enumerate(self.labels))
+        config.label2id = {name: index for index, name in enumerate(self.labels)}
+        config.problem_type = "single_label_classification"
+
+
+TASKS: dict[str, type[Task]] = {"causal-lm": Writing, "sequence-classification": Classifying}

@@ -1,0 +1,86 @@
+"""The commands on a tiny model, from quantizing to talking to the adapter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from halfbyte.cli.main import app
+
+
+def run(*arguments) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom halfbyte.cli.main import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'transformers', 'peft', 'trl', 'numpy', 'pydantic', 'yaml') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_quantize_then_info_counts_bits_from_bytes(tiny_llama, tmp_path):
+    told = run("quantize", tiny_llama, "-o", tmp_path / "q", "--block-size", 32, "--scale-bits", "none")
+    assert "5.000 bits" in told  # 4 + 32 / 32
+    facts = json.loads(run("info", tmp_path / "q", "--json"))
+    dense = json.loads(run("info", tiny_llama, "--json"))
+    assert facts["parameters"] == dense["parameters"]
+    assert dense["quantized_share"] == 0
+    assert dense["bits_per_parameter"] == 32
+    assert facts["bits_per_quantized_parameter"] == 5.0
+    assert 0.5 < facts["quantized_share"] < 1
+    assert facts["bits_per_parameter"] == pytest.approx(8 * facts["bytes"] / facts["parameters"], rel=1e-3)
+
+
+def test_train_then_generate_from_the_run_directory(tiny_llama, tmp_path, write_rows):
+    """The model learns one answer by heart; the command that the run ends with gives it back."""
+    data = write_rows([{"prompt": "a", "completion": "xyz"}, {"prompt": "b", "completion": "uvw"}])
+    recipe = tmp_path / "r.yaml"
+    keys = {
+        "model_name_or_path": str(tiny_llama),
+        "output_dir": "run",
+        "dataset": data.name,
+        "eval_dataset": data.name,
+        "eval_metric": "exact_match",
+        "max_new_tokens": 8,
+        "max_length": 32,
+        "compute_dtype": "float32",
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "max_steps": 80,
+    }
+    recipe.write_text(json.dumps(keys))
+    told = run("train", recipe)
+    assert "0.0%" in told
+    assert "100.0%" in told
+    assert "halfbyte generate" in told
+    assert run("generate", f"{tmp_path / 'run'}/", "-p", "a", "-p", "b").splitlines() == ["xyz", "uvw"]
+    assert run("generate", tiny_llama, "--adapter", tmp_path / "run", "-p", "a").splitlines() == ["xyz"]
+    facts = json.loads(run("info", tmp_path / "run", "--json"))
+    assert facts["base"] == str(tiny_llama)
+    assert facts["rank"] == 16
+
+
+def test_info_of_the_machine_names_the_kernels():
+    facts = json.loads(run("info", "--json"))
+    assert facts["kernels"]
+    assert all(": " in reason for reason in facts["kernels"].values())
+
+
+def test_ctrl_c_is_quiet(monkeypatch, tmp_path):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("halfbyte.train.recipe.load_recipe", interrupt)
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "r.yaml")])
+    assert result.exit_code == 130
+    assert result.output == ""

@@ -1,0 +1,71 @@
+"""The recipe: all mistakes at once, each with the nearest valid choice; paths; round trip; the shipped examples."""
+
+from __future__ import annotations
+
+import pytest
+
+from halfbyte.errors import RecipeError
+from halfbyte.train.recipe import Recipe, load_recipe, make_recipe
+
+NEEDED = {"model_name_or_path": "/m", "output_dir": "o", "dataset": "d.jsonl"}
+
+
+def test_all_mistakes_are_told_at_once_with_the_nearest_choice(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "model_name_or_path: m\noutput_dir: o\nlora_rank: 4\nmethod: qlorra\nformat: nf5\nblock_size: 65\n"
+        "scale_bits: 5\nlora_dropout: 2\neval_steps: 5\nlearning_rate: fast\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["max_lenght=7", "nonsense"])
+    told = "\n".join(caught.value.mistakes)
+    for expected in (
+        "'lora_rank'; did you mean 'lora_r'?",
+        "method is 'qlorra', which is not offered; did you mean 'qlora'?",
+        "format is 'nf5', which is not offered; did you mean 'nf4'?",
+        "block_size is 65, which is not offered; the nearest is 64",
+        "scale_bits is 5, which is not offered; choose one of: 4, 6, 8, null.",
+        "lora_dropout is 2 and should be less than 1.",
+        "learning_rate is 'fast'",
+        "the key 'dataset' is missing",
+        "eval_steps is 5 but eval_dataset is not set",
+        "'max_lenght'; did you mean 'max_length'?",
+        "'nonsense' is not of the form key=value",
+    ):
+        assert expected in told
+    assert len(caught.value.mistakes) == 11
+
+
+def test_paths_are_relative_to_the_file_and_overrides_to_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "base").mkdir()
+    (tmp_path / "there" / "r.yaml").write_text("model_name_or_path: base\noutput_dir: ../runs\ndataset: [a, b]\n")
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load_recipe(tmp_path / "there" / "r.yaml", ["dataset=mine.jsonl"])
+    assert recipe.model_name_or_path == str(tmp_path / "there" / "base")
+    assert recipe.output_dir == str(tmp_path / "runs")
+    assert recipe.dataset == (str(tmp_path / "here" / "mine.jsonl"),)
+
+
+def test_a_hub_name_stays_a_name(tmp_path):
+    (tmp_path / "r.yaml").write_text("model_name_or_path: meta-llama/Llama-3.2-1B\noutput_dir: o\ndataset: d\n")
+    assert load_recipe(tmp_path / "r.yaml").model_name_or_path == "meta-llama/Llama-3.2-1B"
+
+
+def test_a_recipe_is_frozen_and_survives_its_own_yaml(tmp_path):
+    recipe = make_recipe({**NEEDED, "output_dir": "/o", "dataset": ["/d"], "target_modules": ["q_proj"], "lora_r": 3})
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.lora_r = 4
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+    assert load_recipe(tmp_path / "r.yaml").digest == recipe.digest
+
+
+def test_every_shipped_recipe_is_valid(repository):
+    paths = sorted((repository / "examples").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        recipe = load_recipe(path)
+        assert isinstance(recipe, Recipe)
+        assert recipe.output_dir.startswith(str(repository / "runs"))
