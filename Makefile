@@ -39,8 +39,10 @@ $(VENV)/.torch: constraints.txt
 	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" >> $(VENV)/constraints.txt
 	touch $@
 
-# One stamp for each set of extras: .venv/.train, .venv/.train,test and so on. The core is part of each.
-$(VENV)/.train $(VENV)/.train,test $(VENV)/.train,lint $(VENV)/.train,bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+# One stamp for each set of extras: .venv/.train, .venv/.train,test and so on. The core is part of each, and so are the
+# native kernels: pip builds them (hatch_build.py) where there is a C++ compiler, and again when a source changes.
+NATIVE := CMakeLists.txt hatch_build.py $(wildcard csrc/*)
+$(VENV)/.train $(VENV)/.train,test $(VENV)/.train,lint $(VENV)/.train,bench: $(VENV)/.%: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(PIP) install -c $(VENV)/constraints.txt -e ".[$*]"
 	touch $@
 

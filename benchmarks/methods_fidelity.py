@@ -25,7 +25,7 @@ from halfbyte.train.sft import train
 
 WINDOW = 256
 CHARACTERS = 100_000
-LEARNING_RATES = {"full": 3e-3, "lora": 1e-2, "qlora": 1e-2}
+LEARNING_RATES = {"full": 3e-3, "lora": 2e-2, "qlora": 2e-2}
 
 
 def run(method: str, seed: int, steps: int, learning_rate: float, folder: Path) -> dict[str, Any]:

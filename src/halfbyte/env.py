@@ -2,9 +2,10 @@
 
 | variable | values | effect |
 |---|---|---|
-| `HALFBYTE_KERNELS` | `auto`, `reference` | which implementation of the ops runs; `auto` is the default |
+| `HALFBYTE_KERNELS` | `auto`, `cpu`, `reference` | which implementation of the ops runs; `auto` is the default |
+| `HALFBYTE_CPU_ISA` | `auto`, `generic`, `avx2`, `avx512`, `avx512bf16`, `amx`, `neon` | what the CPU kernels use |
 | `HF_HUB_OFFLINE` | `1` | set by halfbyte before a local path is opened: nothing reaches for a network |
-| `OMP_WAIT_POLICY` | `PASSIVE` | set by the command line unless it is set: idle threads sleep instead of spinning |
+| `OMP_WAIT_POLICY` | `PASSIVE` | set by the command line unless it is set: idle threads sleep, they do not spin |
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import sys
 
 from halfbyte.errors import RequestError, nearest
 
-KERNEL_CHOICES = ("auto", "reference")
+KERNEL_CHOICES = ("auto", "cpu", "reference")
+CPU_ISA_CHOICES = ("auto", "generic", "avx2", "avx512", "avx512bf16", "amx", "neon")
 
 
 def kernels() -> str:
@@ -23,9 +25,22 @@ def kernels() -> str:
     Raises:
         RequestError: the variable holds something that is not offered.
     """
-    choice = os.environ.get("HALFBYTE_KERNELS", "auto").strip().lower() or "auto"
-    if choice not in KERNEL_CHOICES:
-        raise RequestError(f"HALFBYTE_KERNELS={choice!r} is not offered; {nearest(choice, KERNEL_CHOICES)}.")
+    return _choice("HALFBYTE_KERNELS", KERNEL_CHOICES)
+
+
+def cpu_isa() -> str:
+    """The value of `HALFBYTE_CPU_ISA`: "auto" or an instruction set.
+
+    Raises:
+        RequestError: the variable holds something that is not offered.
+    """
+    return _choice("HALFBYTE_CPU_ISA", CPU_ISA_CHOICES)
+
+
+def _choice(variable: str, choices: tuple[str, ...]) -> str:
+    choice = os.environ.get(variable, "auto").strip().lower() or "auto"
+    if choice not in choices:
+        raise RequestError(f"{variable}={choice!r} is not offered; {nearest(choice, choices)}.")
     return choice
 
 
@@ -43,7 +58,7 @@ def go_offline() -> None:
 
 
 def quiet_libraries() -> None:
-    """Defaults that keep a terminal readable: no advisory logging, no progress bars in a log file. The user's own win."""
+    """Defaults that keep a terminal readable: no advice, no progress bars in a log file. What the user has set wins."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

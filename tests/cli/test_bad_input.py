@@ -94,6 +94,11 @@ def full_disk(place: Place) -> None:
 TRAIN_CASES: dict[str, tuple[Callable[[Place], None], str]] = {
     "unknown key": (set_keys(lora_rank=4), "unknown key 'lora_rank'; did you mean 'lora_r'?"),
     "unknown value": (set_keys(method="qlorra"), "method is 'qlorra', which is not offered; did you mean 'qlora'?"),
+    "unknown task": (
+        set_keys(task="sequence-clasification"),
+        "task is 'sequence-clasification', which is not offered; did you mean 'sequence-classification'?",
+    ),
+    "no label": (set_keys(task="sequence-classification"), "the columns prompt, completion fit no layout of labelled"),
     "block size": (set_keys(block_size=65), "block_size is 65, which is not offered; the nearest is 64"),
     "missing file": (set_keys(dataset="row.jsonl"), "row.jsonl does not exist; did you mean 'rows.jsonl'?"),
     "empty data": (write_data(""), "rows.jsonl is empty"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from typer.testing import CliRunner
@@ -62,12 +63,42 @@ def test_train_then_generate_from_the_run_directory(tiny_llama, tmp_path, write_
     told = run("train", recipe)
     assert "0.0%" in told
     assert "100.0%" in told
-    assert "halfbyte generate" in told
+    assert " generate " in told.splitlines()[-1] and told.rstrip().endswith("--prompt a")  # a question of the data
     assert run("generate", f"{tmp_path / 'run'}/", "-p", "a", "-p", "b").splitlines() == ["xyz", "uvw"]
     assert run("generate", tiny_llama, "--adapter", tmp_path / "run", "-p", "a").splitlines() == ["xyz"]
     facts = json.loads(run("info", tmp_path / "run", "--json"))
     assert facts["base"] == str(tiny_llama)
     assert facts["rank"] == 16
+
+
+def test_train_a_classifier_then_ask_it_with_the_printed_lines(tiny_llama, tmp_path, write_rows, monkeypatch):
+    """Qlora, which loads its base quantized again."""
+    data = write_rows([{"text": "abcab", "label": "first"}, {"text": "xyzzy", "label": "last"}])
+    recipe = tmp_path / "r.yaml"
+    keys = {
+        "model_name_or_path": str(tiny_llama),
+        "output_dir": "run",
+        "dataset": data.name,
+        "eval_dataset": data.name,
+        "task": "sequence-classification",
+        "eval_metric": "accuracy",
+        "compute_dtype": "float32",
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "max_steps": 20,
+    }
+    recipe.write_text(json.dumps(keys))
+    monkeypatch.chdir(tmp_path)
+    told = run("train", recipe)
+    accuracy = next(line for line in told.splitlines() if "accuracy on eval_dataset" in line)
+    assert accuracy.split()[-1] == "100.0%"
+    assert "halfbyte generate" not in told
+    lines = told.split("Ask it, in Python:\n")[1]
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], capture_output=True, text=True)
+    assert "'label': 'first'" in done.stdout or "'label': 'last'" in done.stdout, done.stderr
+    refused = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), "-p", "a"])
+    assert refused.exit_code == 2
+    assert "run is a classifier (LlamaForSequenceClassification) and writes no answers" in refused.stderr
 
 
 def test_info_of_the_machine_names_the_kernels():

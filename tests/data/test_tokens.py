@@ -95,6 +95,18 @@ def test_text_loses_no_token(tiny_tokenizer):
     assert tiny_tokenizer.decode(stream) == "abcdefg</s>hij</s>"
 
 
+def test_rows_with_one_label_are_padded_with_their_token_types():
+    rows = [
+        {"input_ids": [7], "token_type_ids": [1], "labels": 2},
+        {"input_ids": [7, 8], "token_type_ids": [0, 1], "labels": 0},
+    ]
+    batch = pad_rows(rows, 3)
+    assert batch["input_ids"].tolist() == [[7, 3], [7, 8]]
+    assert batch["token_type_ids"].tolist() == [[1, 0], [0, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    assert batch["labels"].tolist() == [2, 0]
+
+
 def test_padding_goes_by_length_where_pad_is_the_end_token(tiny_tokenizer):
     end = tiny_tokenizer.eos_token_id
     assert tiny_tokenizer.pad_token_id == end

@@ -36,6 +36,19 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_choice(tmp_path):
     assert len(caught.value.mistakes) == 11
 
 
+def test_a_metric_that_the_task_does_not_have_is_refused():
+    for task, metric, choice in (
+        ("causal-lm", "accuracy", "exact_match"),
+        ("sequence-classification", "exact_match", "accuracy"),
+    ):
+        with pytest.raises(RecipeError, match=f"eval_metric is '{metric}' but task is '{task}'.*choose {choice}"):
+            make_recipe({**NEEDED, "eval_dataset": "e", "task": task, "eval_metric": metric})
+    with pytest.raises(RecipeError) as caught:
+        make_recipe({**NEEDED, "eval_dataset": "e", "task": "classification", "eval_metric": "accuracy"})
+    (told,) = caught.value.mistakes  # nothing is concluded from a task that is not offered
+    assert "task is 'classification', which is not offered; did you mean 'sequence-classification'?" in told
+
+
 def test_paths_are_relative_to_the_file_and_overrides_to_the_current_directory(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()

@@ -45,6 +45,32 @@ def test_shapes_are_output_by_input_also_where_they_are_stored_transposed():
     assert "lm_head" not in shapes
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("Bert", {"classifier", "pooler"}),
+        ("DistilBert", {"pre_classifier", "classifier"}),
+        ("Roberta", {"classifier"}),
+        ("DebertaV2", {"pooler", "classifier"}),
+        ("Llama", {"score"}),
+    ],
+)
+def test_all_between_a_classifiers_encoder_and_its_answer_is_head(kind, expected):
+    import transformers
+
+    made = outline(getattr(transformers, f"{kind}Config")(), "sequence-classification")
+    assert set(made.head) == expected
+    assert made.shapes
+    assert not [name for name in made.shapes if expected & set(name.split("."))]
+
+
+def test_a_model_that_has_no_such_task_is_refused():
+    from transformers import ViTConfig
+
+    with pytest.raises(RequestError, match="task causal-lm is not offered by a model of type 'vit'"):
+        outline(ViTConfig())
+
+
 def test_ranks_are_checked_with_their_patterns():
     shapes = outline(config("llama")).shapes
     assert check_targets(recipe(lora_r=16), shapes) == "all-linear"

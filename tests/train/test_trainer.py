@@ -121,6 +121,17 @@ def test_adapters_are_float32_masters_under_bfloat16(make_trainer, says_4bit, mo
     assert 0 < max(moved.values()) < 1e-5
 
 
+def test_float16_skips_an_overflow_and_stops_when_every_step_has_one(make_trainer):
+    """On the CPU too. The scaler starts at 2^16 and halves at each skipped step."""
+    trainer = make_trainer(compute_dtype="float16", max_steps=40)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    name, poisoned = next((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    poisoned.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NonFiniteError, match=rf"step 18: the gradient of {name} is not finite"):
+        trainer.train()
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_traced(make_trainer):
     trainer = make_trainer(max_steps=3)
     with torch.no_grad():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +13,6 @@ import typer
 if TYPE_CHECKING:
     from halfbyte.train.recipe import Recipe
     from halfbyte.train.sft import Evaluator
-
-ASK = "Talk to it:\n  halfbyte generate {where} --prompt '...'"
-ASK_CLASSIFIER = """Ask it, in Python:
-  from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
-  model = AutoModelForSequenceClassification.from_pretrained("{where}", config=AutoConfig.from_pretrained("{where}"))
-  print(pipeline("text-classification", model, tokenizer="{where}")("..."))"""
 
 
 def train(
@@ -84,8 +81,46 @@ def _report(recipe: Recipe, summary: dict[str, Any]) -> None:
     console.print(table)
     what = "model" if recipe.method == "full" else "adapter"
     where = _short(recipe.output_dir)
-    ask = ASK_CLASSIFIER if recipe.task == "sequence-classification" else ASK
-    typer.echo(f"The {what} lies in {where}. {ask.format(where=where)}")
+    if recipe.task == "causal-lm":
+        prompt = shlex.quote(summary["example_prompt"] or "...")
+        typer.echo(f"The {what} lies in {where}. Talk to it:\n  {_program()} generate {where} --prompt {prompt}")
+    else:
+        lines = classifier_lines(recipe, summary["trained_whole"], where)
+        typer.echo("\n  ".join([f"The {what} lies in {where}. Ask it, in Python:", *lines]))
+
+
+def classifier_lines(recipe: Recipe, whole: list[str], where: str) -> list[str]:
+    """Python that asks a trained classifier, by stock transformers and peft.
+
+    An adapter was fitted to the base as the run quantized it, so that is how the base is loaded again.
+    """
+    if recipe.method == "full":
+        return ["from transformers import pipeline", f'print(pipeline("text-classification", "{where}")("..."))']
+    lines = [
+        "from peft import PeftModel",
+        "from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline",
+        f'base, run, options = "{recipe.model_name_or_path}", "{where}", {{}}',
+    ]
+    if recipe.method == "qlora":
+        encoding = f'"{recipe.format}", {recipe.block_size}, {recipe.scale_bits}, skip_modules={whole}'
+        lines += [
+            "from halfbyte import HalfbyteConfig",
+            f'options["quantization_config"] = HalfbyteConfig({encoding})',
+        ]
+    return [
+        *lines,
+        "config = AutoConfig.from_pretrained(run)",
+        "model = AutoModelForSequenceClassification.from_pretrained(base, config=config, **options)",
+        'classify = pipeline("text-classification", PeftModel.from_pretrained(model, run), tokenizer=run)',
+        'print(classify("..."))',
+    ]
+
+
+def _program() -> str:
+    """What a person types to run this program again: its name where the shell finds it, else the way to it."""
+    program = Path(sys.argv[0]).absolute()
+    found = shutil.which("halfbyte")
+    return "halfbyte" if found and Path(found).absolute() == program else _short(str(program))
 
 
 def _short(path: str) -> str:

@@ -1,9 +1,8 @@
 """Which implementation of an op runs: chosen once, when halfbyte is imported, with a reason that can be printed.
 
-A backend is a name, the device it serves, the ops it has, and a function that says whether it can run here and why.
-Backends are asked in the order of `BACKENDS`; the first that can run serves an op on its device, and the reference
-serves everything that nobody else does. Native backends (a C library for the CPU, Triton for CUDA) are entries of
-that tuple: adding one changes no caller.
+A backend is a name, the device it serves, a function that says whether it can run here and why, and one that gives its
+ops. Backends are asked in the order of `BACKENDS`: one that can run serves its ops on its device, and the reference
+serves every other device. Adding a backend (Triton for CUDA) is an entry of that tuple and changes no caller.
 
 `HALFBYTE_KERNELS` (env.py) makes the choice explicit. An explicit choice that cannot be met is an error, never a silent
 fallback.
@@ -16,8 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte import env
-from halfbyte.kernels import reference
+from halfbyte.errors import RequestError
+from halfbyte.kernels import cpu, reference
 from halfbyte.kernels.schema import LIBRARY, SCHEMAS
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run here, why (a sentence fragment), and what would help where it cannot."""
+
+    possible: bool
+    reason: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -26,15 +35,17 @@ class Backend:
 
     Attributes:
         name: what `HALFBYTE_KERNELS` and `halfbyte info` call it.
+        device: the device type it serves, "any" for all of them.
         dispatch_key: the torch dispatch key its ops register under ("CPU", "CUDA", or every device's).
-        ops: op name -> implementation with that op's schema.
-        available: whether it can run here, and the reason, a sentence fragment.
+        ops: gives op name -> implementation with that op's schema; asked only when it is available.
+        available: whether it can run here.
     """
 
     name: str
+    device: str
     dispatch_key: str
-    ops: Mapping[str, Callable[..., Any]]
-    available: Callable[[], tuple[bool, str]]
+    ops: Callable[[], Mapping[str, Callable[..., Any]]]
+    available: Callable[[], Availability]
 
 
 @dataclass(frozen=True)
@@ -48,23 +59,47 @@ class Choice:
     remedy: str = ""
 
 
+def _cpu_available() -> Availability:
+    library = cpu.native_library()
+    if isinstance(library, cpu.Missing):
+        return Availability(False, library.reason, library.remedy)
+    return Availability(True, f"native kernels, {library.isa}, on {library.threads}")
+
+
 REFERENCE = Backend(
     "reference",
+    "any",
     "CompositeExplicitAutograd",
-    reference.OPS,
-    lambda: (True, "torch operations; runs on any device"),
+    lambda: reference.OPS,
+    lambda: Availability(True, "torch operations; runs on any device"),
 )
-BACKENDS: tuple[Backend, ...] = (REFERENCE,)
-
-_NO_NATIVE = "this version of halfbyte has no native kernels yet"
+CPU = Backend("cpu", "cpu", "CPU", lambda: cpu.native_ops().table(), _cpu_available)
+BACKENDS: tuple[Backend, ...] = (CPU, REFERENCE)
 
 
 def install() -> tuple[Choice, ...]:
-    """Register the chosen implementation of every op with torch and return the choices. Called once, at import."""
+    """Register the chosen implementation of every op with torch and return the choices. Called once, at import.
+
+    Raises:
+        RequestError: an environment variable asks for something that is not offered or not possible here.
+    """
     wanted = env.kernels()
     choices = []
-    for op in SCHEMAS:
-        LIBRARY.impl(op, REFERENCE.ops[op], REFERENCE.dispatch_key)
-        reason = "HALFBYTE_KERNELS=reference asks for it" if wanted == "reference" else _NO_NATIVE
-        choices.append(Choice(op, "any", REFERENCE.name, reason))
+    for backend in BACKENDS:
+        if backend is REFERENCE:
+            state = Availability(True, "torch operations, for every device that has no kernels of its own")
+        elif wanted == REFERENCE.name:
+            continue
+        else:
+            state = backend.available()
+        if not state.possible:
+            if wanted == backend.name:
+                raise RequestError(f"HALFBYTE_KERNELS={wanted!r} is not possible: {state.reason}; {state.remedy}.")
+            choices += [Choice(op, backend.device, REFERENCE.name, state.reason, state.remedy) for op in SCHEMAS]
+            continue
+        if wanted == REFERENCE.name:
+            state = Availability(True, "HALFBYTE_KERNELS=reference asks for it")
+        for op, implementation in backend.ops().items():
+            LIBRARY.impl(op, implementation, backend.dispatch_key)
+            choices.append(Choice(op, backend.device, backend.name, state.reason, state.remedy))
     return tuple(choices)

@@ -173,7 +173,7 @@ class HalfbyteQuantizer(HfQuantizer):
         for name, tensor in model.state_dict().items():
             state.update(flatten(name, tensor, layout) if isinstance(tensor, QuantizedTensor) else {name: tensor})
         if not any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters()):
-            # Adapters were merged and the weights are dense now; a config that says otherwise would make a broken folder.
+            # Adapters were merged, the weights are dense now; a config that says otherwise makes a broken folder.
             self.remove_quantization_config(model)
         # Packed experts cannot be split back into the per-expert tensors of the original checkpoint.
         model._weight_conversions = []

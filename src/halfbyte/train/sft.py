@@ -30,6 +30,7 @@ from rich.console import Console
 
 from halfbyte import env
 from halfbyte.errors import CheckpointError, RequestError
+from halfbyte.tensor import QuantizedTensor
 from halfbyte.train.memory import PeakMemory
 from halfbyte.train.progress import Metrics
 from halfbyte.train.recipe import Recipe, is_hub_name
@@ -174,6 +175,7 @@ def _train_into(
         "data": rows.report.as_dict(),
         **cost,
         **trainable_report(model),
+        "trained_whole": [*recipe.modules_to_save, *inputs.head],
         "steps": trainer.state.global_step,
         "seconds": round(metrics.seconds, 3),
         "tokens_per_second": round(metrics.tokens / max(metrics.seconds, 1e-9), 1),
@@ -216,13 +218,23 @@ def load_base(recipe: Recipe, *, head: Sequence[str] = (), num_labels: int | Non
 
 
 def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str], head: Sequence[str] = ()) -> Any:
-    """The base with the recipe's adapter, or the base itself for `method: full`. What is trained is float32."""
+    """The base with the recipe's adapter, or the base itself for `method: full`. What is trained is float32.
+
+    Raises:
+        RequestError: the model folder holds something in 4 bits that is to be trained whole.
+    """
+    whole = [*recipe.modules_to_save, *head]
+    for name, parameter in base.named_parameters():
+        chosen = recipe.method == "full" or any(f".{module}." in f".{name}." for module in whole)
+        if chosen and isinstance(parameter, QuantizedTensor):
+            raise RequestError(
+                f"{recipe.model_name_or_path} holds {name} in {parameter.spec.format}, which cannot be trained whole; "
+                "start from the unquantized model."
+            )
     if recipe.method == "full":
         return base
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-
-    whole = [*recipe.modules_to_save, *(name for name in head if name not in SEQ_CLS_HEAD_NAMES)]  # peft adds those
 
     config = LoraConfig(
         task_type=TASKS[recipe.task].peft_type,
@@ -232,7 +244,7 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str],
         lora_dropout=recipe.lora_dropout,
         bias=recipe.lora_bias,
         target_modules=targets,
-        modules_to_save=whole or None,
+        modules_to_save=[name for name in whole if name not in SEQ_CLS_HEAD_NAMES] or None,  # peft adds those
         rank_pattern=dict(recipe.rank_pattern),
         alpha_pattern=dict(recipe.alpha_pattern),
         use_rslora=recipe.use_rslora,

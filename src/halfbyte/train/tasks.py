@@ -8,8 +8,8 @@
 **A new head is trained whole.** The classes of a task are not in any pretrained model, so its head starts from random
 numbers. An adapter of low rank beside a random matrix would be no head; packing the matrix would freeze it. So the
 head is left unquantized, trained like a weight of full fine-tuning, and saved with the adapter. The same goes for the
-pooler, which stands between an encoder and its head and which many checkpoints lack: what is random and not saved would be
-another random number when the adapter is loaded.
+pooler, which stands between an encoder and its head and which many checkpoints lack: what is random and not saved
+would be another random number when the adapter is loaded.
 """
 
 from __future__ import annotations
@@ -99,8 +99,11 @@ class Writing(Task):
         """Nothing."""
 
     def facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Which chat template it was."""
-        return {"chat_template": Renderer(tokenizer).digest}
+        """Which chat template it was, and a question that the model can be asked afterwards."""
+        questions = (
+            example.messages[0]["content"] for example in (*self.eval_examples, *self.examples) if example.messages
+        )
+        return {"chat_template": Renderer(tokenizer).digest, "example_prompt": next(questions, None)}
 
 
 class Classifying(Task):

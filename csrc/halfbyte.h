@@ -1,0 +1,80 @@
+// The C interface of halfbyte's CPU kernels: all that Python calls.
+//
+// Plain C types, no torch, no Python: one binary serves every version of both. Nothing here checks its arguments;
+// kernels/cpu/ checks every pointer's shape, dtype, contiguity and device before it calls.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef _WIN32
+#define HB_API __declspec(dllexport)
+#else
+#define HB_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Raised whenever a signature or a struct below changes; kernels/cpu/library.py refuses another number.
+#define HB_ABI 1
+
+// Element types, numbered as in kernels/cpu/library.py.
+enum hb_dtype { HB_FLOAT32 = 0, HB_BFLOAT16 = 1, HB_FLOAT16 = 2 };
+
+// Instruction sets. HB_AMX is AVX512-BF16 with the matrix unit beside it.
+enum hb_isa { HB_GENERIC = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512BF16 = 3, HB_NEON = 4, HB_AMX = 5, HB_ISA_COUNT = 6 };
+
+// A packed weight: the nine fields of kernels/schema.py's PackedWeight. Element i of the tensor is element start + i
+// of the blocks; block b's scale is number scale_start + b of the second level.
+typedef struct hb_weight {
+    const uint8_t *codes;
+    const void *scales;         // float [blocks], or packed uint8 codes where scale_bits > 0
+    const float *scale_absmax;  // float [second-level blocks], or null
+    const float *scale_offset;  // float [1], or null
+    int64_t format;             // position in formats.FORMATS
+    int64_t block_size;         // 32 to 4096, a power of two
+    int64_t scale_bits;         // 0, 8, 6 or 4
+    int64_t start;
+    int64_t scale_start;
+} hb_weight;
+
+HB_API int hb_abi(void);
+
+// Instruction sets: whether this build and this CPU have one, the best, and the choice. hb_set_isa returns 0 when done.
+HB_API int hb_has_isa(int isa);
+HB_API int hb_best_isa(void);
+HB_API int hb_set_isa(int isa);
+
+// The OpenMP runtime that the process already has: the address of its GOMP_parallel. Without it every call runs on the
+// thread that made it.
+HB_API void hb_set_openmp(void *gomp_parallel);
+
+// w [count] of `dtype` -> codes [packed size], scales [ceil(count / block_size)].
+HB_API void hb_quantize(int threads, const void *w, int dtype, int64_t count, int64_t format, int64_t block_size,
+                        uint8_t *codes, float *scales);
+
+// centred [count], the scales without their mean -> codes [packed size], absmax [ceil(count / 256)].
+HB_API void hb_quantize_scales(int threads, const float *centred, int64_t count, int64_t bits, uint8_t *codes,
+                               float *absmax);
+
+// Columns [column, column + columns) of rows [row, row + rows) of a weight [*, width] -> out [rows, columns].
+HB_API void hb_dequantize(int threads, const hb_weight *w, int64_t width, int64_t row, int64_t rows, int64_t column,
+                          int64_t columns, int dtype, void *out);
+
+// Rows index[0 .. count) of a weight [*, width] -> out [count, width].
+HB_API void hb_dequantize_rows(int threads, const hb_weight *w, int64_t width, const int64_t *index, int64_t count,
+                               int dtype, void *out);
+
+// out [rows, n] = x [rows, k] W^T + bias, W [n, k] of 4-bit codes. k is whole blocks and a multiple of 64, start is 0.
+// Both return 0, or 1 when there was no memory.
+HB_API int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, const void *x, int64_t rows, int dtype,
+                      const void *bias, void *out);
+
+// out [rows, k] = grad [rows, n] W, under the same conditions; rows is at most 32.
+HB_API int hb_linear_grad_input(int threads, const hb_weight *w, int64_t n, int64_t k, const void *grad, int64_t rows,
+                                 int dtype, void *out);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,48 @@
+// What products share: activations and results of any element type, and g W row by row. See scalar.h for the namespace.
+#pragma once
+
+#include "kernels.h"
+#include "scalar.h"
+
+namespace halfbyte {
+namespace {
+
+inline float load(const void *x, int dtype, int64_t at) {
+    switch (dtype) {
+        case HB_FLOAT32: return static_cast<const float *>(x)[at];
+        case HB_BFLOAT16: return to_float(static_cast<const bfloat16 *>(x)[at]);
+        default: return to_float(static_cast<const float16 *>(x)[at]);
+    }
+}
+
+// out[at] = sum + bias[column], rounded once.
+inline void finish(float sum, int dtype, const void *bias, int64_t column, void *out, int64_t at) {
+    if (bias) sum += load(bias, dtype, column);
+    switch (dtype) {
+        case HB_FLOAT32: return store(static_cast<float *>(out) + at, sum);
+        case HB_BFLOAT16: return store(static_cast<bfloat16 *>(out) + at, sum);
+        default: return store(static_cast<float16 *>(out) + at, sum);
+    }
+}
+
+// out[:, first .. last) of grad W: each row's piece is decoded into a buffer and added, scaled, to the sums.
+inline void grad_input_by_rows(Dequantize decode, const hb_weight &w, int64_t n, int64_t k, const float *grad,
+                               int64_t rows, int dtype, void *out, int64_t first, int64_t last) {
+    float sums[kGradRows][kGradColumns];
+    float weights[kGradColumns];
+    const int64_t width = last - first;
+    for (int64_t r = 0; r < rows; ++r) std::fill(sums[r], sums[r] + width, 0.0f);
+    for (int64_t row = 0; row < n; ++row) {
+        decode(w, row * k + first, width, HB_FLOAT32, weights);
+        for (int64_t r = 0; r < rows; ++r) {
+            const float g = grad[row * rows + r];
+            for (int64_t i = 0; i < width; ++i) sums[r][i] += g * weights[i];
+        }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < width; ++i) finish(sums[r][i], dtype, nullptr, 0, out, r * k + first + i);
+    }
+}
+
+}  // namespace
+}  // namespace halfbyte

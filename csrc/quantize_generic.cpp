@@ -1,0 +1,28 @@
+// Encoding in plain C++: absmax and codes of a block in one pass over the weights.
+#include "encode.h"
+#include "kernels.h"
+
+namespace halfbyte {
+namespace {
+
+template <class T>
+void quantize(const T *w, int64_t count, const Codebook &book, int64_t block_size, uint8_t *codes, float *scales) {
+    for_each_block(w, count, block_size, book.bits, codes, scales,
+                   [&](const T *x, int64_t size, bool whole, uint8_t *out) {
+                       return encode_block(book, x, size, whole, out);
+                   });
+}
+
+}  // namespace
+
+void quantize_generic(const void *w, int dtype, int64_t count, int64_t format, int64_t block_size, uint8_t *codes,
+                      float *scales) {
+    const Codebook &book = kCodebooks[format];
+    switch (dtype) {
+        case HB_FLOAT32: return quantize(static_cast<const float *>(w), count, book, block_size, codes, scales);
+        case HB_BFLOAT16: return quantize(static_cast<const bfloat16 *>(w), count, book, block_size, codes, scales);
+        default: return quantize(static_cast<const float16 *>(w), count, book, block_size, codes, scales);
+    }
+}
+
+}  // namespace halfbyte

@@ -1,0 +1,153 @@
+"""The native library: found, checked, and given torch's threads.
+
+`csrc/` is built when halfbyte is installed and lies beside this file. It has a C interface and links neither torch nor
+Python; ctypes calls it and releases the GIL meanwhile. Whether it can run is decided here once, with a reason.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte import env
+from halfbyte.errors import RequestError
+
+FILE = Path(__file__).with_name("libhalfbyte_cpu.so")
+# Written by hatch_build.py when there is no library: why, and what would help.
+NOTE = Path(__file__).with_name("not_built.txt")
+_ABI = 1  # HB_ABI in csrc/halfbyte.h
+
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "neon", "amx")  # numbered as in csrc/halfbyte.h
+_REINSTALL = "run `pip install --force-reinstall --no-deps halfbyte`, or `pip install -e .` in a checkout"
+
+
+class Weight(ctypes.Structure):
+    """`hb_weight` of csrc/halfbyte.h."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("scale_absmax", ctypes.c_void_p),
+        ("scale_offset", ctypes.c_void_p),
+        ("format", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("scale_bits", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("scale_start", ctypes.c_int64),
+    )
+
+
+_P, _I, _L, _W = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.POINTER(Weight)
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "hb_abi": (_I, ()),
+    "hb_has_isa": (_I, (_I,)),
+    "hb_best_isa": (_I, ()),
+    "hb_set_isa": (_I, (_I,)),
+    "hb_set_openmp": (None, (_P,)),
+    "hb_quantize": (None, (_I, _P, _I, _L, _L, _L, _P, _P)),
+    "hb_quantize_scales": (None, (_I, _P, _L, _L, _P, _P)),
+    "hb_dequantize": (None, (_I, _W, _L, _L, _L, _L, _L, _I, _P)),
+    "hb_dequantize_rows": (None, (_I, _W, _L, _P, _L, _I, _P)),
+    "hb_linear": (_I, (_I, _W, _L, _L, _P, _L, _I, _P, _P)),
+    "hb_linear_grad_input": (_I, (_I, _W, _L, _L, _P, _L, _I, _P)),
+}
+
+
+@dataclass
+class Native:
+    """The loaded library: its functions by name, the instruction set in use, and where its threads come from."""
+
+    functions: dict[str, Callable[..., Any]]
+    isa: str
+    threads: str
+
+    def use(self, isa: str) -> None:
+        """Switch to another instruction set.
+
+        Raises:
+            RequestError: this build or this CPU does not have it.
+        """
+        if self.functions["hb_set_isa"](ISAS.index(isa)):
+            raise RequestError(f"HALFBYTE_CPU_ISA={isa!r} is not possible here; {self._offered()}.")
+        self.isa = isa
+
+    def isas(self) -> tuple[str, ...]:
+        """The instruction sets that this build and this CPU have."""
+        return tuple(name for number, name in enumerate(ISAS) if self.functions["hb_has_isa"](number))
+
+    def _offered(self) -> str:
+        return "this build on this CPU has: " + ", ".join(self.isas())
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why there is no native library, and what to do about it."""
+
+    reason: str
+    remedy: str
+
+
+def load() -> Native | Missing:
+    """Load the library and set it up.
+
+    Raises:
+        RequestError: HALFBYTE_CPU_ISA asks for something that this build or CPU does not have.
+    """
+    if not FILE.is_file():
+        why = NOTE.read_text(encoding="utf-8").strip() if NOTE.is_file() else ""
+        reason, _, remedy = why.partition("\n")
+        return Missing(reason or "the native library was not built when halfbyte was installed", remedy or _REINSTALL)
+    try:
+        handle = ctypes.CDLL(str(FILE))
+        functions = {}
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(handle, name)
+            function.restype, function.argtypes = result, arguments
+            functions[name] = function
+    except (OSError, AttributeError) as error:
+        return Missing(f"the native library cannot be loaded ({error})", _REINSTALL)
+    if functions["hb_abi"]() != _ABI:
+        return Missing("the native library is from another version of halfbyte", _REINSTALL)
+    region, threads = _openmp()
+    functions["hb_set_openmp"](region)
+    native = Native(functions, "generic", threads)
+    wanted = env.cpu_isa()
+    native.use(ISAS[functions["hb_best_isa"]()] if wanted == "auto" else wanted)
+    return native
+
+
+def _openmp() -> tuple[int | None, str]:
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded, and a description.
+
+    A second runtime would be a second pool of threads, fighting the first for the cores. So only what is mapped into
+    this process is asked: torch's own copy on Linux lies in its folder under a name of its own.
+    """
+    for path in _mapped_runtimes():
+        try:
+            region = ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+        return region, "torch's OpenMP threads"
+    return None, "one thread, because torch's OpenMP runtime was not found"
+
+
+def _mapped_runtimes() -> list[str]:
+    """Paths of OpenMP runtimes, torch's own folder first."""
+    names = ("libgomp", "libiomp5", "libomp")
+    paths = [p for p in sorted((Path(torch.__file__).parent / "lib").glob("lib*")) if p.name.startswith(names)]
+    if sys.platform == "linux":
+        try:
+            lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            lines = []
+        mapped = {line.split(maxsplit=5)[5] for line in lines if line.count("/")}
+        found = sorted(path for path in mapped if Path(path).name.startswith(names))
+        inside = [str(path.resolve()) for path in paths]
+        return sorted(found, key=lambda path: path not in inside)
+    return [str(path) for path in paths]

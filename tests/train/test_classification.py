@@ -1,0 +1,191 @@
+"""A classifier on the same run: it learns, its head is saved with its names, and batches do not change its numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from halfbyte.train.recipe import make_recipe
+from halfbyte.train.sft import train
+
+LETTERS = {"early": "abcdefgh", "late": "stuvwxyz"}
+
+
+def texts(count, seed):
+    """Letters of one end of the alphabet; which end is the class. Lengths differ, so that batches are padded."""
+    draw = random.Random(seed)
+    rows = []
+    for label in (*LETTERS,) * (count // 2):
+        rows.append({"text": " ".join(draw.choices(LETTERS[label], k=draw.randint(2, 9))), "label": label})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory):
+    """A folder with a random BERT (hidden 64, 2 layers), as masked-language-model training leaves it: no pooler."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = [*special, *"abcdefghijklmnopqrstuvwxyz"]
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=32, initializer_range=0.2, **sizes)
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tiny_bert, write_rows, tmp_path):
+    def start(model=tiny_bert, evaluator=None, **keys):
+        recipe = make_recipe(
+            {
+                "model_name_or_path": str(model),
+                "output_dir": str(tmp_path / "run"),
+                "dataset": str(write_rows(texts(400, 0), "train.jsonl")),
+                "eval_dataset": str(write_rows(texts(200, 1), "eval.jsonl")),
+                "task": "sequence-classification",
+                "compute_dtype": "float32",
+                "lora_r": 4,
+                "learning_rate": 5e-3,
+                "max_steps": 50,
+                "per_device_train_batch_size": 16,
+                "logging_steps": 25,
+                "per_device_eval_batch_size": 50,
+                **keys,
+            }
+        )
+        return tmp_path / "run", train(recipe, evaluator=evaluator, console=Console(file=io.StringIO()))
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"method": "qlora"},
+        {"method": "qlora", "compute_dtype": "bfloat16", "gradient_checkpointing": True, "target_modules": "attention"},
+        {"method": "lora", "compute_dtype": "float16"},
+        {"method": "full", "learning_rate": 1e-3},
+    ],
+    ids=lambda keys: "-".join(str(value) for value in keys.values()),
+)
+def test_an_encoder_learns_to_classify(run, keys):
+    folder, summary = run(**keys)
+    assert abs(summary["before"]["eval_accuracy"] - 0.5) < 0.2
+    assert summary["after"]["eval_accuracy"] >= 0.95
+    assert summary["after"]["eval_loss"] < summary["before"]["eval_loss"]
+    assert (summary["quantized_share"] > 0.5) == (keys["method"] == "qlora")
+    assert summary["trained_dtypes"] == ["float32"]
+    assert summary["tokens_per_second"] > 0
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "early", "1": "late"}
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert "quantization_config" not in config
+
+
+def test_a_decoder_learns_to_classify(run, tiny_llama):
+    """It is asked at its last token: its config, which names no pad token, has to get the one that batches have."""
+    folder, summary = run(tiny_llama, max_length=32)
+    assert abs(summary["before"]["eval_accuracy"] - 0.5) < 0.2
+    assert summary["after"]["eval_accuracy"] >= 0.95
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] == 2
+    assert "base_model.model.score.weight" in load_file(folder / "adapter_model.safetensors")
+
+
+def test_the_adapter_gives_equal_logits_in_stock_peft(run, tiny_bert):
+    """The pooler too, which the base has not: a random one that is not saved would be another one here."""
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    ids = torch.tensor([[2, 5, 9, 3], [2, 25, 24, 3]])
+    logits = []
+
+    def look(model, tokenizer, examples):
+        with torch.no_grad():
+            logits.append(model.eval()(input_ids=ids).logits)
+        return {}
+
+    folder, _ = run(method="lora", evaluator=look)
+    torch.manual_seed(1)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, config=AutoConfig.from_pretrained(folder))
+    with torch.no_grad():
+        loaded = PeftModel.from_pretrained(base, folder)(input_ids=ids).logits
+    assert torch.equal(loaded, logits[1])
+    assert not torch.allclose(loaded, logits[0], atol=0.1)
+
+
+def test_a_head_that_is_packed_in_the_folder_is_refused(run, tiny_bert, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    from halfbyte import HalfbyteConfig
+    from halfbyte.errors import RequestError
+    from halfbyte.models import load_model, save_model
+
+    AutoModel.from_pretrained(tiny_bert).save_pretrained(tmp_path / "plain")  # with a pooler
+    packed = load_model(tmp_path / "plain", quantization=HalfbyteConfig(), task="encoder")
+    save_model(packed, tmp_path / "packed", AutoTokenizer.from_pretrained(tiny_bert))
+    for keys, name in (({}, "bert.pooler.dense.weight"), ({"method": "full"}, "bert.encoder.layer.0")):
+        with pytest.raises(RequestError, match=f"packed holds {name}.* in nf4, which cannot be trained whole"):
+            run(tmp_path / "packed", **keys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_are_told_apart(run, write_rows):
+    """Whether the second text is of the end of the alphabet that the first is of."""
+    pairs = [
+        {"sentence1": one["text"], "sentence2": two["text"], "label": int(one["label"] == two["label"])}
+        for one, two in zip(texts(96, 2), random.Random(3).sample(texts(96, 4), 96), strict=True)
+    ]
+    _, summary = run(dataset=str(write_rows(pairs)), eval_dataset=[], max_steps=2)
+    assert summary["labels"] == ["0", "1"]
+    assert summary["steps"] == 2
+
+
+def test_a_short_last_batch_weighs_what_it_should(tiny_bert, write_rows, tmp_path):
+    """Seven rows in one batch, or as 4 + 3: equal gradients, to 40 x float32's resolution; a mean of means differs."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback, set_seed
+
+    from halfbyte.data import label_names, read_labelled, tokenize_labelled
+    from halfbyte.train.classifier import ClassifierTrainer
+
+    examples = read_labelled([write_rows(texts(8, 0)[:7])])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    rows = tokenize_labelled(examples, tokenizer, label_names(examples), max_length=32).dataset
+    found = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            found[args.per_device_train_batch_size] = [p.grad.clone() for p in model.parameters()]
+
+    losses = []
+    for size, steps in ((7, 1), (4, 2)):
+        set_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            tiny_bert, dtype=torch.float32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        keys = {"task": "sequence-classification", "method": "full", "max_steps": 1, "max_grad_norm": 1e9}
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "logging_steps": 1}
+        paths = {"model_name_or_path": str(tiny_bert), "output_dir": str(tmp_path), "dataset": "d"}
+        recipe = make_recipe({**paths, **keys, **sizes, "compute_dtype": "float32", "per_device_eval_batch_size": size})
+        trainer = ClassifierTrainer(
+            model, recipe, rows=rows, eval_rows=rows, tokenizer=tokenizer, folder=tmp_path, callbacks=[Keep()]
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+        trainer.train()
+        losses.append(next(log["loss"] for log in trainer.state.log_history if "loss" in log))
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    whole, split = (torch.cat([grad.flatten() for grad in found[size]]) for size in (7, 4))
+    assert ((split - whole).norm() / whole.norm()).item() < 1e-5
