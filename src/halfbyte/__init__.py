@@ -17,6 +17,7 @@ _HOMES = {
     "quantize_model": "halfbyte.nn",
     "distortion": "halfbyte.formats",
     "HalfbyteConfig": "halfbyte.models",
+    "init_loftq": "halfbyte.models",
     "load_model": "halfbyte.models",
     "load_tokenizer": "halfbyte.models",
     "save_model": "halfbyte.models",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see what __getattr__ find
     from halfbyte.errors import HalfbyteError as HalfbyteError
     from halfbyte.formats import distortion as distortion
     from halfbyte.models import HalfbyteConfig as HalfbyteConfig
+    from halfbyte.models import init_loftq as init_loftq
     from halfbyte.models import load_model as load_model
     from halfbyte.models import load_tokenizer as load_tokenizer
     from halfbyte.models import save_model as save_model

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from halfbyte.errors import CheckpointError, FormatError, HalfbyteError
 from halfbyte.models.config import HalfbyteConfig
-from halfbyte.models.peft_layers import register_dispatcher
+from halfbyte.models.peft_dispatch import register_dispatcher
 from halfbyte.nn import output_layers, prepare, report
 from halfbyte.nn.replace import EMBEDDING, EXPERTS, Plan, make_plan, quantize_parameter
 from halfbyte.tensor import LAYOUTS, QuantizedTensor, flatten, unflatten
