@@ -75,6 +75,7 @@ def test_an_empty_folder_is_fine_and_the_result_is_readable_by_others(model, tmp
     assert target.stat().st_mode & 0o777 == 0o755
     assert {"config.json", "model.safetensors"} <= {file.name for file in target.iterdir()}
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert {file.stat().st_mode & 0o777 for file in target.iterdir()} == {0o644}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -73,11 +73,13 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     try:
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield aside
+        mask = _umask()
         for file in aside.rglob("*"):
             if file.is_file():
+                # safetensors and mkdtemp make what only their owner may open; a model is shared like any other file.
+                file.chmod(0o666 & ~mask)
                 _sync(file)
-        # mkdtemp makes folders that only their owner may open; this one is meant to be shared like any other.
-        aside.chmod(0o777 & ~_umask())
+        aside.chmod(0o777 & ~mask)
         if folder.exists():
             folder.rmdir()
         aside.rename(folder)
