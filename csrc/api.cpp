@@ -25,10 +25,6 @@ constexpr int64_t kPiece = 1 << 16;
 // K = 4096.
 constexpr int64_t kLinearRows = 64;
 
-// Rows of x that a few-row product takes at once. 128 rows are 1 MiB at K = 4096 and stay in a second-level cache of
-// 2 MiB; with AMX 512 rows take 31 ms in one pass and 19 ms in four, although W is decoded four times.
-constexpr int64_t kPassRows = 128;
-
 // Asks for large pages under a buffer that is about to be written for the first time. A fresh 32 MiB result costs 8192
 // page faults of 4 KiB, ten times what decoding it takes; with pages of 2 MiB it costs 16. A hint: failing changes
 // nothing.
@@ -93,12 +89,12 @@ void hb_quantize(int threads, const void *w, int dtype, int64_t count, int64_t f
 int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, const void *x, int64_t rows, int dtype,
               const void *bias, void *out) {
     const halfbyte::Linear &linear = kernels().linear;
-    const Scratch scratch(linear.scratch_size(std::min(rows, kPassRows), k));
+    const Scratch scratch(linear.scratch_size(std::min(rows, halfbyte::kPassRows), k));
     if (!scratch.data()) return 1;
     const int64_t size = element_size(dtype);
     std::atomic<int> failed{0};
-    for (int64_t row = 0; row < rows; row += kPassRows) {
-        const int64_t some = std::min(kPassRows, rows - row);
+    for (int64_t row = 0; row < rows; row += halfbyte::kPassRows) {
+        const int64_t some = std::min(halfbyte::kPassRows, rows - row);
         char *const target = static_cast<char *>(out) + row * n * size;
         linear.prepare(static_cast<const char *>(x) + row * k * size, dtype, some, k, scratch.data());
         parallel_for(threads, n, kLinearRows, [&](int64_t first, int64_t last) {
@@ -110,15 +106,18 @@ int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, const void 
 
 int hb_linear_grad_input(int threads, const hb_weight *w, int64_t n, int64_t k, const void *grad, int64_t rows,
                          int dtype, void *out) {
-    const auto product = kernels().grad_input;
-    const Scratch scratch(rows * n * int64_t(sizeof(float)));
+    const halfbyte::GradInput &product = kernels().grad_input;
+    const Scratch scratch(product.scratch_size(std::min(rows, product.most_rows), n));
     if (!scratch.data()) return 1;
-    float *const transposed = static_cast<float *>(scratch.data());
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < n; ++i) transposed[i * rows + r] = halfbyte::load(grad, dtype, r * n + i);
+    const int64_t size = element_size(dtype);
+    std::atomic<int> failed{0};
+    for (int64_t row = 0; row < rows; row += product.most_rows) {
+        const int64_t some = std::min(product.most_rows, rows - row);
+        char *const target = static_cast<char *>(out) + row * k * size;
+        product.prepare(static_cast<const char *>(grad) + row * n * size, dtype, some, n, scratch.data());
+        parallel_for(threads, k, halfbyte::kGradColumns, [&](int64_t first, int64_t last) {
+            if (!product.run(*w, n, k, scratch.data(), some, dtype, target, first, last)) failed = 1;
+        });
     }
-    parallel_for(threads, k, halfbyte::kGradColumns, [&](int64_t first, int64_t last) {
-        product(*w, n, k, transposed, rows, dtype, out, first, last);
-    });
-    return 0;
+    return failed;
 }

@@ -21,7 +21,7 @@ const Kernels kAvx2 = {dequantize_avx2, quantize_avx2, linear_avx2, grad_input_a
 const Kernels kAvx512 = {dequantize_avx512, quantize_avx512, linear_avx512, grad_input_avx512};
 // Only products gain from bf16 instructions; the rest is AVX512's.
 const Kernels kAvx512Bf16 = {dequantize_avx512, quantize_avx512, linear_avx512bf16, grad_input_avx512};
-const Kernels kAmx = {dequantize_avx512, quantize_avx512, linear_amx, grad_input_avx512};
+const Kernels kAmx = {dequantize_avx512, quantize_avx512, linear_amx, grad_input_amx};
 
 // AMX needs the operating system twice: it must save the tiles (XCR0 bits 17 and 18), and Linux lends them only to a
 // process that has asked (arch_prctl ARCH_REQ_XCOMP_PERM, state 18).
@@ -67,7 +67,7 @@ int hb_abi(void) { return HB_ABI; }
 int hb_has_isa(int isa) { return halfbyte::find(isa) != nullptr; }
 
 int hb_best_isa(void) {
-    for (const int isa : {HB_AMX, HB_AVX512BF16, HB_AVX512, HB_AVX2, HB_NEON}) {
+    for (const int isa : {HB_AMX, HB_AVX512BF16, HB_AVX512, HB_AVX2}) {
         if (hb_has_isa(isa)) return isa;
     }
     return HB_GENERIC;

@@ -23,7 +23,7 @@ extern "C" {
 enum hb_dtype { HB_FLOAT32 = 0, HB_BFLOAT16 = 1, HB_FLOAT16 = 2 };
 
 // Instruction sets. HB_AMX is AVX512-BF16 with the matrix unit beside it.
-enum hb_isa { HB_GENERIC = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512BF16 = 3, HB_NEON = 4, HB_AMX = 5, HB_ISA_COUNT = 6 };
+enum hb_isa { HB_GENERIC = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512BF16 = 3, HB_AMX = 4 };
 
 // A packed weight: the nine fields of kernels/schema.py's PackedWeight. Element i of the tensor is element start + i
 // of the blocks; block b's scale is number scale_start + b of the second level.
@@ -71,7 +71,7 @@ HB_API void hb_dequantize_rows(int threads, const hb_weight *w, int64_t width, c
 HB_API int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, const void *x, int64_t rows, int dtype,
                       const void *bias, void *out);
 
-// out [rows, k] = grad [rows, n] W, under the same conditions; rows is at most 32.
+// out [rows, k] = grad [rows, n] W, under the same conditions.
 HB_API int hb_linear_grad_input(int threads, const hb_weight *w, int64_t n, int64_t k, const void *grad, int64_t rows,
                                  int dtype, void *out);
 

@@ -24,12 +24,20 @@ struct Linear {
                 const void *bias, void *out, int64_t first, int64_t last);
 };
 
-// out[:, first .. last) of grad W, `grad` float [n, rows]. A range is kGradColumns wide (the last one may be less): its
-// sums for 16 rows take 32 KiB and stay close, and each row of W is read in pieces of 256 bytes.
+// Rows of x that a call takes at once where there are many. 128 rows are 1 MiB at K = 4096 and stay in a second-level
+// cache of 2 MiB; with AMX 512 rows take 31 ms in one pass and 19 ms in four, although W is decoded four times.
+constexpr int64_t kPassRows = 128;
+
+// grad W. `run` computes out[:, first .. last), where a range is kGradColumns wide (the last one may be less): sums of
+// 16 rows take 32 KiB and stay close, and each row of W is read in pieces of 256 bytes.
 constexpr int64_t kGradColumns = 512;
-constexpr int64_t kGradRows = 32;  // the most rows of a call
-using GradInput = void (*)(const hb_weight &w, int64_t n, int64_t k, const float *grad, int64_t rows, int dtype,
-                           void *out, int64_t first, int64_t last);
+struct GradInput {
+    int64_t most_rows;  // of a call
+    int64_t (*scratch_size)(int64_t rows, int64_t n);
+    void (*prepare)(const void *grad, int dtype, int64_t rows, int64_t n, void *scratch);
+    bool (*run)(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t rows, int dtype, void *out,
+                int64_t first, int64_t last);
+};
 
 struct Kernels {
     Dequantize dequantize;
@@ -43,21 +51,22 @@ const Kernels &kernels();
 
 void dequantize_generic(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_generic(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
-void grad_input_generic(const hb_weight &, int64_t, int64_t, const float *, int64_t, int, void *, int64_t, int64_t);
+extern const GradInput grad_input_generic;
 extern const Linear linear_generic;
 
 #ifdef HB_X86
 void dequantize_avx2(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_avx2(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
-void grad_input_avx2(const hb_weight &, int64_t, int64_t, const float *, int64_t, int, void *, int64_t, int64_t);
+extern const GradInput grad_input_avx2;
 extern const Linear linear_avx2;
 
 void dequantize_avx512(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_avx512(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
-void grad_input_avx512(const hb_weight &, int64_t, int64_t, const float *, int64_t, int, void *, int64_t, int64_t);
+extern const GradInput grad_input_avx512;
 extern const Linear linear_avx512;
 extern const Linear linear_avx512bf16;
 extern const Linear linear_amx;
+extern const GradInput grad_input_amx;
 #endif
 
 }  // namespace halfbyte

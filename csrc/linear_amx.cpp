@@ -11,8 +11,7 @@
 //     for 512 columns                       32 KiB of weights are decoded: what the first-level cache holds beside x
 //       for 32 rows of x (two tiles)        4 sums in tile registers: the unit is pipelined and needs independent ones
 //         for 64 columns: 8 tile products
-#include <immintrin.h>
-
+#include "amx.h"
 #include "scratch.h"
 #include "tiles.h"
 
@@ -23,19 +22,9 @@ extern const Linear linear_avx512bf16;
 namespace {
 
 constexpr int64_t kGroup = 64;                   // columns whose even and odd halves make two tiles
-constexpr int64_t kTile = 16;                    // rows of a tile
-constexpr int64_t kTileWords = kTile * 32;       // bf16 elements of a tile
 constexpr int64_t kBlockRows = 2 * kTile;        // rows of W, and of x, that four sums cover
 constexpr int64_t kChunk = 512;                  // columns decoded at a time
 constexpr int64_t kVectorRows = 2;               // up to here the vector kernel reads less than the tiles do
-constexpr int64_t kRowBytes = 64;
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64, "the unit reads 64 bytes");
 
 bool on_vectors(int64_t rows, int dtype) { return dtype != HB_BFLOAT16 || rows <= kVectorRows; }
 
@@ -71,14 +60,6 @@ void prepare(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
     }
 }
 
-inline __m512i full_table(__m512 values, float scale) {
-    return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(values, _mm512_set1_ps(scale))));
-}
-inline __m512i half_table(__m512 values, float scale, float upper_scale) {
-    const __m256i upper = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(values, _mm512_set1_ps(upper_scale)));
-    return _mm512_inserti64x4(full_table(values, scale), upper, 1);
-}
-
 // `width` columns of one row of W -> one row of the tiles [group][2][even, odd][16][32]. Blocks of 32 share a register
 // by twos, whose halves have tables of their own.
 template <bool Halves>
@@ -100,8 +81,6 @@ inline void decode_row(__m512 values, const uint8_t *codes, const float *scales,
         }
     }
 }
-
-constexpr int64_t kSum = kTile * kTile;
 
 // sums += W's tiles times x's tiles, over `groups` groups. Four sums are independent, which the unit's pipeline needs:
 // [tile of x][tile of W], or, with one tile of x, [even, odd][tile of W], to be added in the end.

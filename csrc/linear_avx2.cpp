@@ -87,13 +87,15 @@ void prepare(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
     }
 }
 
+bool grad_input(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t rows, int dtype, void *out,
+                int64_t first, int64_t last) {
+    grad_input_by_rows(dequantize_avx2, w, n, k, static_cast<const float *>(scratch), rows, dtype, out, first, last);
+    return true;
+}
+
 }  // namespace
 
 const Linear linear_avx2 = {scratch_size<Kernel>, prepare, run_tiles<Kernel>};
-
-void grad_input_avx2(const hb_weight &w, int64_t n, int64_t k, const float *grad, int64_t rows, int dtype, void *out,
-                     int64_t first, int64_t last) {
-    grad_input_by_rows(dequantize_avx2, w, n, k, grad, rows, dtype, out, first, last);
-}
+const GradInput grad_input_avx2 = {kGradRows, grad_scratch_size, prepare_grad, grad_input};
 
 }  // namespace halfbyte

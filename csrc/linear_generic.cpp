@@ -45,13 +45,15 @@ bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t 
     return true;
 }
 
+bool grad_input(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t rows, int dtype, void *out,
+                int64_t first, int64_t last) {
+    grad_input_by_rows(dequantize_generic, w, n, k, static_cast<const float *>(scratch), rows, dtype, out, first, last);
+    return true;
+}
+
 }  // namespace
 
 const Linear linear_generic = {scratch_size, prepare, run};
-
-void grad_input_generic(const hb_weight &w, int64_t n, int64_t k, const float *grad, int64_t rows, int dtype, void *out,
-                        int64_t first, int64_t last) {
-    grad_input_by_rows(dequantize_generic, w, n, k, grad, rows, dtype, out, first, last);
-}
+const GradInput grad_input_generic = {kGradRows, grad_scratch_size, prepare_grad, grad_input};
 
 }  // namespace halfbyte

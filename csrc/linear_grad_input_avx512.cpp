@@ -48,11 +48,10 @@ inline void accumulate(const hb_weight &w, int64_t k, int64_t row, int64_t first
     }
 }
 
-}  // namespace
-
-void grad_input_avx512(const hb_weight &w, int64_t n, int64_t k, const float *grad, int64_t rows, int dtype, void *out,
-                       int64_t first, int64_t last) {
+bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t rows, int dtype, void *out,
+         int64_t first, int64_t last) {
     alignas(64) float sums[kGradRows][kGradColumns];
+    const float *const grad = static_cast<const float *>(scratch);
     const int64_t width = last - first;
     for (int64_t m = 0; m < rows; ++m) std::fill(sums[m], sums[m] + width, 0.0f);
     int64_t row = 0;
@@ -63,6 +62,11 @@ void grad_input_avx512(const hb_weight &w, int64_t n, int64_t k, const float *gr
     for (int64_t m = 0; m < rows; ++m) {
         for (int64_t i = 0; i < width; ++i) finish(sums[m][i], dtype, nullptr, 0, out, m * k + first + i);
     }
+    return true;
 }
+
+}  // namespace
+
+const GradInput grad_input_avx512 = {kGradRows, grad_scratch_size, prepare_grad, run};
 
 }  // namespace halfbyte

@@ -25,6 +25,18 @@ inline void finish(float sum, int dtype, const void *bias, int64_t column, void 
     }
 }
 
+// What the vector kernels of g W share: 32 rows at a time, g as floats, transposed to [n, rows].
+constexpr int64_t kGradRows = 32;
+
+inline int64_t grad_scratch_size(int64_t rows, int64_t n) { return rows * n * int64_t(sizeof(float)); }
+
+inline void prepare_grad(const void *grad, int dtype, int64_t rows, int64_t n, void *scratch) {
+    float *const out = static_cast<float *>(scratch);
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < n; ++i) out[i * rows + r] = load(grad, dtype, r * n + i);
+    }
+}
+
 // out[:, first .. last) of grad W: each row's piece is decoded into a buffer and added, scaled, to the sums.
 inline void grad_input_by_rows(Dequantize decode, const hb_weight &w, int64_t n, int64_t k, const float *grad,
                                int64_t rows, int dtype, void *out, int64_t first, int64_t last) {

@@ -1,6 +1,8 @@
 """Measured choices between kernels, one line for each instruction set: data, not code.
 
-`benchmarks/kernels.py --crossover` prints the times these numbers come from; the machine is named there.
+`benchmarks/kernels.py --crossover` prints the times these numbers come from. "amx" was measured on two cores of an
+Intel Xeon with AMX; the others on the same machine, where torch's GEMM has AMX and they do not: on a CPU without it
+they pay for more rows than these, and should be measured again there.
 """
 
 from __future__ import annotations
@@ -15,21 +17,24 @@ class Tuning:
     Attributes:
         linear_rows: rows of x up to which `linear` runs its own kernel.
         linear_rows_float: the same for float32 and float16 activations.
-        grad_rows: rows of grad up to which `linear_grad_input` does; at most 32.
-        panel_bytes: bytes of decoded weights that the GEMM gets at a time, to be found in the cache again.
+        grad_rows: rows of grad up to which `linear_grad_input` does.
+        grad_rows_float: the same for float32 and float16.
+        panel_bytes: bytes of decoded weights that the GEMM gets at a time. Smaller ones stay in the cache, and the GEMM
+            is slower on narrow results: on two cores with AMX 2048 rows took 40.9, 35.9 and 34.8 ms with 2, 8 and 32
+            MiB.
     """
 
     linear_rows: int
     linear_rows_float: int
     grad_rows: int
+    grad_rows_float: int
     panel_bytes: int
 
 
 TUNING: dict[str, Tuning] = {
-    "generic": Tuning(linear_rows=4, linear_rows_float=4, grad_rows=4, panel_bytes=1 << 21),
-    "avx2": Tuning(linear_rows=8, linear_rows_float=8, grad_rows=8, panel_bytes=1 << 21),
-    "avx512": Tuning(linear_rows=8, linear_rows_float=16, grad_rows=8, panel_bytes=1 << 21),
-    "avx512bf16": Tuning(linear_rows=32, linear_rows_float=16, grad_rows=8, panel_bytes=1 << 21),
-    "amx": Tuning(linear_rows=384, linear_rows_float=16, grad_rows=8, panel_bytes=1 << 21),
-    "neon": Tuning(linear_rows=8, linear_rows_float=8, grad_rows=8, panel_bytes=1 << 21),
+    "generic": Tuning(linear_rows=4, linear_rows_float=4, grad_rows=4, grad_rows_float=4, panel_bytes=1 << 23),
+    "avx2": Tuning(linear_rows=8, linear_rows_float=8, grad_rows=8, grad_rows_float=8, panel_bytes=1 << 23),
+    "avx512": Tuning(linear_rows=8, linear_rows_float=16, grad_rows=8, grad_rows_float=16, panel_bytes=1 << 23),
+    "avx512bf16": Tuning(linear_rows=16, linear_rows_float=16, grad_rows=8, grad_rows_float=16, panel_bytes=1 << 23),
+    "amx": Tuning(linear_rows=384, linear_rows_float=16, grad_rows=384, grad_rows_float=16, panel_bytes=1 << 23),
 }

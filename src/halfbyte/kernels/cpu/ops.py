@@ -30,7 +30,6 @@ from halfbyte.kernels.tuning import TUNING
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum hb_dtype
 _FORMATS = {name: (number, CODEBOOKS[name].bits) for number, name in enumerate(FORMATS)}
 _GROUP = 64  # columns that the few-row kernels take at once
-_MOST_GRAD_ROWS = 32  # kGradRows in csrc/kernels.h
 
 
 class Ops:
@@ -154,7 +153,8 @@ class Ops:
             return reference.OPS["linear_grad_input"](*args)
         weight, keep = _weight(args, n * k)
         rows = count // n
-        most = min(TUNING[self.native.isa].grad_rows, _MOST_GRAD_ROWS)
+        tuning = TUNING[self.native.isa]
+        most = tuning.grad_rows if number == 1 else tuning.grad_rows_float
         if rows > most or k % _GROUP or not _whole_rows(args, k):
             return self._grad_by_panels(weight, k, grad)
         grad = _ready(grad)
