@@ -1,7 +1,7 @@
 """Reading a model folder: safetensors shards, one tensor at a time.
 
 Memory is the point. A memory-mapped shard stays in a process's resident size page by page as it is read, so a loader
-that keeps its shards open peaks at the size of the file. `LazyTensor` opens its shard for one tensor, copies that
+that keeps its shards open peaks at the size of the file. `LazyTensor` opens its shard for one tensor, reads that
 tensor and closes it again: the peak is what has been kept so far and the tensor in hand (transformers#43032).
 
 Everything that can be wrong with a folder is found before the first weight is read: no config, a shard that the index
@@ -89,8 +89,9 @@ class LazyTensor:
             CheckpointError: the file changed since it was opened, or the tensor holds NaN or Inf.
         """
         try:
-            with safe_open(self.shard, framework="pt", device="cpu") as file:
-                tensor: torch.Tensor = file.get_tensor(self.name).clone()
+            # Read and not mapped: a mapped tensor and its copy would both be resident for a moment.
+            with safe_open(self.shard, framework="pt", device="cpu", backend="pread") as file:
+                tensor: torch.Tensor = file.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.shard}: cannot read {self.name}: {error}") from None
         if tensor.is_floating_point() and tensor.numel():
