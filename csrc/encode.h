@@ -69,5 +69,15 @@ inline void for_each_block(const T *w, int64_t count, int64_t block_size, int bi
     }
 }
 
+// Calls body(typed weights) with the pointer type that `dtype` says.
+template <class Body>
+inline void with_weights(const void *w, int dtype, Body body) {
+    switch (dtype) {
+        case HB_FLOAT32: return body(static_cast<const float *>(w));
+        case HB_BFLOAT16: return body(static_cast<const bfloat16 *>(w));
+        default: return body(static_cast<const float16 *>(w));
+    }
+}
+
 }  // namespace
 }  // namespace halfbyte

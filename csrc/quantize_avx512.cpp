@@ -75,12 +75,9 @@ void quantize(const T *w, int64_t count, const Codebook &book, int64_t block_siz
 
 void quantize_avx512(const void *w, int dtype, int64_t count, int64_t format, int64_t block_size, uint8_t *codes,
                      float *scales) {
-    const Codebook &book = kCodebooks[format];
-    switch (dtype) {
-        case HB_FLOAT32: return quantize(static_cast<const float *>(w), count, book, block_size, codes, scales);
-        case HB_BFLOAT16: return quantize(static_cast<const bfloat16 *>(w), count, book, block_size, codes, scales);
-        default: return quantize(static_cast<const float16 *>(w), count, book, block_size, codes, scales);
-    }
+    with_weights(w, dtype, [&](const auto *typed) {
+        quantize(typed, count, kCodebooks[format], block_size, codes, scales);
+    });
 }
 
 }  // namespace halfbyte
