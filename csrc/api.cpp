@@ -107,12 +107,13 @@ int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, const void 
 int hb_linear_grad_input(int threads, const hb_weight *w, int64_t n, int64_t k, const void *grad, int64_t rows,
                          int dtype, void *out) {
     const halfbyte::GradInput &product = kernels().grad_input;
-    const Scratch scratch(product.scratch_size(std::min(rows, product.most_rows), n));
+    const int64_t most_rows = product.most_rows[dtype];
+    const Scratch scratch(product.scratch_size(std::min(rows, most_rows), n));
     if (!scratch.data()) return 1;
     const int64_t size = element_size(dtype);
     std::atomic<int> failed{0};
-    for (int64_t row = 0; row < rows; row += product.most_rows) {
-        const int64_t some = std::min(product.most_rows, rows - row);
+    for (int64_t row = 0; row < rows; row += most_rows) {
+        const int64_t some = std::min(most_rows, rows - row);
         char *const target = static_cast<char *>(out) + row * k * size;
         product.prepare(static_cast<const char *>(grad) + row * n * size, dtype, some, n, scratch.data());
         parallel_for(threads, k, halfbyte::kGradColumns, [&](int64_t first, int64_t last) {

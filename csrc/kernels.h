@@ -32,7 +32,7 @@ constexpr int64_t kPassRows = 128;
 // 16 rows take 32 KiB and stay close, and each row of W is read in pieces of 256 bytes.
 constexpr int64_t kGradColumns = 512;
 struct GradInput {
-    int64_t most_rows;  // of a call
+    int64_t most_rows[3];  // of a pass, for each hb_dtype
     int64_t (*scratch_size)(int64_t rows, int64_t n);
     void (*prepare)(const void *grad, int dtype, int64_t rows, int64_t n, void *scratch);
     bool (*run)(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t rows, int dtype, void *out,

@@ -96,6 +96,6 @@ bool grad_input(const hb_weight &w, int64_t n, int64_t k, const void *scratch, i
 }  // namespace
 
 const Linear linear_avx2 = {scratch_size<Kernel>, prepare, run_tiles<Kernel>};
-const GradInput grad_input_avx2 = {kGradRows, grad_scratch_size, prepare_grad, grad_input};
+const GradInput grad_input_avx2 = {{kGradRows, kGradRows, kGradRows}, grad_scratch_size, prepare_grad, grad_input};
 
 }  // namespace halfbyte

@@ -54,6 +54,6 @@ bool grad_input(const hb_weight &w, int64_t n, int64_t k, const void *scratch, i
 }  // namespace
 
 const Linear linear_generic = {scratch_size, prepare, run};
-const GradInput grad_input_generic = {kGradRows, grad_scratch_size, prepare_grad, grad_input};
+const GradInput grad_input_generic = {{kGradRows, kGradRows, kGradRows}, grad_scratch_size, prepare_grad, grad_input};
 
 }  // namespace halfbyte

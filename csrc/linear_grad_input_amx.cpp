@@ -153,6 +153,6 @@ bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t 
 
 }  // namespace
 
-const GradInput grad_input_amx = {kPassRows, scratch_bytes, prepare, run};
+const GradInput grad_input_amx = {{kGradRows, kPassRows, kGradRows}, scratch_bytes, prepare, run};
 
 }  // namespace halfbyte

@@ -67,6 +67,6 @@ bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t 
 
 }  // namespace
 
-const GradInput grad_input_avx512 = {kGradRows, grad_scratch_size, prepare_grad, run};
+const GradInput grad_input_avx512 = {{kGradRows, kGradRows, kGradRows}, grad_scratch_size, prepare_grad, run};
 
 }  // namespace halfbyte
