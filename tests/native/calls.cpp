@@ -1,0 +1,291 @@
+#include "calls.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "guarded.h"
+#include "halfbyte.h"
+
+namespace {
+
+using Buffer = std::shared_ptr<Guarded>;
+
+constexpr int64_t kScaleBlock = 256;
+constexpr int kFormats = 5, kInt8 = 4;
+
+struct Type {  // an element type and what rounding to it costs (torch.finfo)
+    hb_dtype number;
+    Element element;
+    int64_t size;
+    double eps, smallest_normal;
+    const char *name;
+};
+constexpr Type kTypes[] = {{HB_FLOAT32, Element::kFloat32, 4, 0x1p-23, 0x1p-126, "float32"},
+                           {HB_BFLOAT16, Element::kBfloat16, 2, 0x1p-7, 0x1p-126, "bfloat16"},
+                           {HB_FLOAT16, Element::kFloat16, 2, 0x1p-10, 0x1p-14, "float16"}};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// formats.packing.packed_size
+int64_t packed_size(int64_t count, int64_t bits) {
+    return bits == 6 ? ceil_div(count, 4) * 3 : bits == 4 ? ceil_div(count, 2) : count;
+}
+
+Buffer buffer(Random &random, int64_t bytes) { return std::make_shared<Guarded>(bytes, !random.one_in(4)); }
+
+Buffer random_bytes(Random &random, int64_t bytes) {
+    const Buffer made = buffer(random, bytes);
+    for (int64_t i = 0; i < bytes; ++i) made->data<uint8_t>()[i] = uint8_t(random.bits());
+    return made;
+}
+
+// Which values a buffer of floats holds. kTies has few values, on and beside thresholds of the formats.
+enum class Values { kSmooth, kTies, kConstant, kZero, kRare, kAny };
+
+float value(Random &random, Values values) {
+    switch (values) {
+        case Values::kSmooth: return random.smooth();
+        case Values::kTies: return float(random.between(-32, 32)) / 32;
+        case Values::kConstant: return -0.75f;
+        case Values::kZero: return random.one_in(2) ? 0.0f : -0.0f;
+        case Values::kRare: return random.one_in(50) ? random.any_float() : random.smooth();
+        default: return random.any_float();
+    }
+}
+
+Values any_values(Random &random) { return Values(random.below(6)); }
+
+void put(Random &random, void *data, const Type &type, int64_t at, float x) {
+    if (type.number == HB_FLOAT32) {
+        static_cast<float *>(data)[at] = x;
+        return;
+    }
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    uint16_t &word = static_cast<uint16_t *>(data)[at];
+    if (type.number == HB_BFLOAT16) {
+        word = uint16_t(u >> 16);
+        return;
+    }
+    const int exponent = int(u >> 23 & 255) - 127 + 15;  // truncation: any float16 near x will do
+    const uint16_t sign = uint16_t(u >> 16 & 0x8000), mantissa = uint16_t(u >> 13 & 0x3ff);
+    word = uint16_t(sign | (exponent > 30   ? 0x7c00 | (random.one_in(2) ? mantissa : 0)
+                            : exponent <= 0 ? (u & 0x7fffffff ? mantissa : 0)
+                                            : exponent << 10 | mantissa));
+}
+
+Buffer floats(Random &random, const Type &type, int64_t count, Values values, float factor) {
+    const Buffer made = buffer(random, count * type.size);
+    for (int64_t i = 0; i < count; ++i) put(random, made->data(), type, i, value(random, values) * factor);
+    return made;
+}
+
+// A packed weight of `count` elements and its buffers.
+struct Weight {
+    hb_weight fields = {};
+    std::vector<Buffer> buffers;
+    std::string text;
+};
+
+// `finite`: the scales are of the size that scales have. Otherwise they may be any float.
+Weight weight(Random &random, int64_t format, int64_t block_size, int64_t start, int64_t count, bool finite) {
+    Weight made;
+    hb_weight &w = made.fields;
+    const auto keep = [&](Buffer b) { return made.buffers.push_back(b), b->data(); };
+    const Type &single = kTypes[0];
+    w.format = format, w.block_size = block_size, w.start = start;
+    w.scale_bits = random.among({0, 8, 6, 4});
+    w.scale_start = w.scale_bits && random.one_in(2) ? random.below(600) : 0;
+    const int64_t total = start + count, blocks = ceil_div(total, block_size), last = w.scale_start + blocks;
+    w.codes = static_cast<uint8_t *>(keep(random_bytes(random, packed_size(total, format == kInt8 ? 8 : 4))));
+    const Values values = finite ? Values::kSmooth : any_values(random);
+    if (w.scale_bits == 0) {
+        w.scales = keep(floats(random, single, blocks, values, 0.05f));
+    } else {
+        w.scales = keep(random_bytes(random, packed_size(last, w.scale_bits)));
+        w.scale_absmax = static_cast<float *>(keep(floats(random, single, ceil_div(last, kScaleBlock), values, 0.05f)));
+        w.scale_offset = static_cast<float *>(keep(floats(random, single, 1, values, 0.05f)));
+    }
+    char text[200];
+    std::snprintf(text, sizeof text, "format %d, block %d, start %d, scale_bits %d, scale_start %d", int(format),
+                  int(block_size), int(start), int(w.scale_bits), int(w.scale_start));
+    made.text = text;
+    return made;
+}
+
+template <class... Numbers>
+std::string described(const char *format, Numbers... numbers) {
+    char text[200];
+    std::snprintf(text, sizeof text, format, int(numbers)...);
+    return text;
+}
+
+int64_t block_size(Random &random) { return int64_t(32) << (random.one_in(2) ? random.below(3) : random.below(8)); }
+
+Call quantize(Random &random) {
+    const int64_t format = random.below(kFormats), block = block_size(random), bits = format == kInt8 ? 8 : 4;
+    const int64_t count = random.size(random.one_in(20) ? 18 : 13);
+    const Type &type = kTypes[random.below(3)];
+    const Values values = any_values(random);
+    const Buffer w = floats(random, type, count, values, 0.02f);
+    Call call;
+    call.text = described("quantize: count %d, format %d, block %d, values %d, ", count, format, block, int(values));
+    call.text += type.name;
+    call.outputs = {{packed_size(count, bits), Element::kByte}, {4 * ceil_div(count, block), Element::kFloat32}};
+    call.run = [=](int threads, void *const *out) {
+        hb_quantize(threads, w->data(), type.number, count, format, block, static_cast<uint8_t *>(out[0]),
+                    static_cast<float *>(out[1]));
+        return 0;
+    };
+    return call;
+}
+
+Call quantize_scales(Random &random) {
+    const int64_t count = random.size(13), bits = random.among({8, 6, 4});
+    const Values values = any_values(random);
+    const Buffer centred = floats(random, kTypes[0], count, values, 0.01f);
+    Call call;
+    call.text = described("quantize_scales: count %d, bits %d, values %d", count, bits, int(values));
+    call.outputs = {{packed_size(count, bits), Element::kByte},
+                    {4 * ceil_div(count, kScaleBlock), Element::kFloat32}};
+    call.run = [=](int threads, void *const *out) {
+        hb_quantize_scales(threads, centred->data<float>(), count, bits, static_cast<uint8_t *>(out[0]),
+                           static_cast<float *>(out[1]));
+        return 0;
+    };
+    return call;
+}
+
+// A weight of which a part is decoded: rows that are not whole blocks, and starts within a block, included.
+Weight decoded_weight(Random &random, int64_t count) {
+    const int64_t block = block_size(random);
+    const int64_t start = random.one_in(2) ? 0 : random.below(random.one_in(3) ? 3 * block : block);
+    return weight(random, random.below(kFormats), block, start, count, false);
+}
+
+Call dequantize(Random &random) {
+    const int64_t width = random.size(random.one_in(20) ? 16 : 10), height = random.size(width < 512 ? 7 : 3);
+    const bool part = random.one_in(2);
+    const int64_t row = random.below(height), rows = random.between(1, height - row);
+    const int64_t column = part ? random.below(width) : 0, columns = part ? random.between(1, width - column) : width;
+    const Type &type = kTypes[random.below(3)];
+    // As ops.py's panels do: the weight has `height` rows, of which some are asked for.
+    const Weight w = decoded_weight(random, width * height);
+    Call call;
+    call.text = described("dequantize: width %d, row %d, rows %d, column %d, columns %d, ", width, row, rows, column,
+                          columns) +
+                type.name + ", " + w.text;
+    call.outputs = {{rows * columns * type.size, type.element}};
+    call.run = [=](int threads, void *const *out) {
+        hb_dequantize(threads, &w.fields, width, row, rows, column, columns, type.number, out[0]);
+        return 0;
+    };
+    return call;
+}
+
+Call dequantize_rows(Random &random) {
+    const int64_t width = random.size(10), height = random.size(7), count = random.size(8);
+    const Type &type = kTypes[random.below(3)];
+    const Buffer index = buffer(random, 8 * count);
+    int64_t last = 0;
+    for (int64_t i = 0; i < count; ++i) last = std::max(last, index->data<int64_t>()[i] = random.below(height));
+    const Weight w = decoded_weight(random, (last + 1) * width);  // ops.py promises no row beyond the largest index
+    Call call;
+    call.text = described("dequantize_rows: width %d, count %d of %d, ", width, count, last + 1) + type.name + ", " +
+                w.text;
+    call.outputs = {{count * width * type.size, type.element}};
+    call.run = [=](int threads, void *const *out) {
+        hb_dequantize_rows(threads, &w.fields, width, index->data<int64_t>(), count, type.number, out[0]);
+        return 0;
+    };
+    return call;
+}
+
+// The exact product in float64 and its bound, as tests/kernels/test_cpu.py derives it: a weight may be rounded once to
+// the dtype, a float32 sum of `length` terms errs by at most `length` float32 eps of the sum of magnitudes, and the
+// result is rounded once; below the normal range a rounding errs by half the spacing of subnormals instead.
+// Factor i of the sum lies at x[m][i] and at weights[first(j) + i * step].
+void expect(Call &call, const Type &type, const Guarded &x, const Guarded *bias, int64_t rows, int64_t length,
+            int64_t outputs, const std::vector<float> &weights, int64_t first_step, int64_t step) {
+    const double half = type.eps / 2, floor = std::max(type.smallest_normal * half, 0x1p-126);
+    std::vector<double> factors(static_cast<size_t>(length));
+    for (int64_t m = 0; m < rows; ++m) {
+        double total = 0;
+        for (int64_t i = 0; i < length; ++i) {
+            total += std::fabs(factors[size_t(i)] = to_double(x.data(), type.element, m * length + i));
+        }
+        for (int64_t j = 0; j < outputs; ++j) {
+            double exact = bias ? to_double(bias->data(), type.element, j) : 0, magnitude = 0;
+            const double of_bias = type.eps * std::fabs(exact);
+            for (int64_t i = 0; i < length; ++i) {
+                const double product = factors[size_t(i)] * double(weights[size_t(j * first_step + i * step)]);
+                exact += product, magnitude += std::fabs(product);
+            }
+            call.exact.push_back(exact);
+            call.allowed.push_back((half + double(length) * 0x1p-23) * magnitude * (1 + type.eps) + half * magnitude +
+                                   floor * (total + 1) + of_bias);
+        }
+    }
+}
+
+// linear, or linear_grad_input where `backward`.
+Call product(Random &random, bool backward) {
+    const int64_t block = block_size(random), unit = std::max<int64_t>(64, block);
+    const bool wide = random.one_in(30);  // more scales in a row than are decoded at once
+    const int64_t k = wide ? ceil_div(300 * 32, unit) * unit : unit * random.size(block > 256 ? 1 : 3);
+    const int64_t most = std::max<int64_t>(1, (1 << 21) / k);  // n * rows, so that the exact product stays cheap
+    const int64_t n = random.between(1, std::min<int64_t>(most, random.one_in(4) ? 300 : 70));
+    const int64_t rows = std::min(random.size(random.one_in(10) ? 9 : 6), std::max<int64_t>(1, most / n));
+    const Type &type = kTypes[random.below(3)];
+    const Weight w = weight(random, random.below(kInt8), block, 0, n * k, true);
+    const int64_t length = backward ? n : k, outputs = backward ? k : n;
+    const Buffer x = floats(random, type, rows * length, random.one_in(8) ? Values::kZero : Values::kSmooth, 1);
+    const Buffer bias = backward || random.one_in(2) ? nullptr : floats(random, type, n, Values::kSmooth, 1);
+    Call call;
+    call.text = described(backward ? "linear_grad_input: n %d, k %d, rows %d, " : "linear: n %d, k %d, rows %d, ", n, k,
+                          rows) +
+                type.name + (bias ? ", bias, " : ", ") + w.text;
+    call.outputs = {{rows * outputs * type.size, type.element}};
+    std::vector<float> weights(size_t(n * k));
+    hb_set_isa(HB_GENERIC);
+    hb_dequantize(1, &w.fields, k, 0, n, 0, k, HB_FLOAT32, weights.data());
+    expect(call, type, *x, bias.get(), rows, length, outputs, weights, backward ? 1 : k, backward ? k : 1);
+    call.run = [=](int threads, void *const *out) {
+        return backward ? hb_linear_grad_input(threads, &w.fields, n, k, x->data(), rows, type.number, out[0])
+                        : hb_linear(threads, &w.fields, n, k, x->data(), rows, type.number,
+                                    bias ? bias->data() : nullptr, out[0]);
+    };
+    return call;
+}
+
+}  // namespace
+
+double to_double(const void *data, Element element, int64_t at) {
+    if (element == Element::kFloat32) return double(static_cast<const float *>(data)[at]);
+    const uint16_t word = static_cast<const uint16_t *>(data)[at];
+    if (element == Element::kBfloat16) {
+        const uint32_t u = uint32_t(word) << 16;
+        float x;
+        std::memcpy(&x, &u, 4);
+        return double(x);
+    }
+    const int exponent = word >> 10 & 31, mantissa = word & 0x3ff;
+    const double magnitude = exponent == 31  ? (mantissa ? double(NAN) : double(INFINITY))
+                             : exponent == 0 ? std::ldexp(mantissa, -24)
+                                             : std::ldexp(1024 + mantissa, exponent - 25);
+    return word >> 15 ? -magnitude : magnitude;
+}
+
+Call random_call(uint64_t seed) {
+    Random random(seed);
+    switch (random.below(8)) {
+        case 0: return quantize_scales(random);
+        case 1: return dequantize_rows(random);
+        case 2:
+        case 3: return dequantize(random);
+        case 4: return product(random, false);
+        case 5: return product(random, true);
+        default: return quantize(random);
+    }
+}
