@@ -36,6 +36,9 @@ bool amx_granted() {
 #endif
 }
 #endif
+#ifdef HB_ARM64
+const Kernels kNeon = {dequantize_neon, quantize_neon, linear_neon, grad_input_neon};
+#endif
 
 const Kernels *find(int isa) {
     if (isa == HB_GENERIC) return &kGeneric;
@@ -50,6 +53,9 @@ const Kernels *find(int isa) {
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     if (isa == HB_AVX512BF16 && bf16) return &kAvx512Bf16;
     if (isa == HB_AMX && bf16 && amx_granted()) return &kAmx;
+#endif
+#ifdef HB_ARM64
+    if (isa == HB_NEON) return &kNeon;  // part of every 64-bit ARM
 #endif
     return nullptr;
 }
@@ -67,7 +73,7 @@ int hb_abi(void) { return HB_ABI; }
 int hb_has_isa(int isa) { return halfbyte::find(isa) != nullptr; }
 
 int hb_best_isa(void) {
-    for (const int isa : {HB_AMX, HB_AVX512BF16, HB_AVX512, HB_AVX2}) {
+    for (const int isa : {HB_AMX, HB_AVX512BF16, HB_AVX512, HB_AVX2, HB_NEON}) {
         if (hb_has_isa(isa)) return isa;
     }
     return HB_GENERIC;

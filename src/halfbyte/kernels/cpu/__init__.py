@@ -1,4 +1,4 @@
-"""Native kernels for the CPU: AVX512-BF16, AVX512, AVX2 or plain C++, whichever this machine has (csrc/)."""
+"""Native kernels for the CPU: AMX, AVX512-BF16, AVX512, AVX2, NEON or plain C++, whichever this machine has (csrc/)."""
 
 from __future__ import annotations
 
