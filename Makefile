@@ -4,14 +4,19 @@
 #   make test         all tests                         make test PYTEST_ARGS="-k nf4 -m 'not slow'"
 #   make lint         ruff, mypy, layers, budgets       make format   let ruff rewrite
 #   make bench        every file in benchmarks/         make clean    remove .venv and caches
+#   make sanitize     the native kernels under AddressSanitizer and UBSan, called at random for FUZZ seconds and by their
+#                     Python tests; make sanitize-native does the first half and needs no Python
 #
 # Variables: PYTHON  the interpreter that makes .venv
 #            TORCH   what pip installs first: a version, a wheel file, or several words that pip understands
 #            CONSTRAINTS  the file with the tested versions; "none" takes the newest that fit together
+#            FUZZ, SEED  seconds of random calls, and the first of them; another seed is other calls
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 WORKERS ?= 2
+FUZZ ?= 20
+SEED ?= 1
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -22,10 +27,10 @@ SOURCES := src tests tools benchmarks examples
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test lint format bench clean
+.PHONY: help quickstart test lint format bench sanitize sanitize-native clean
 
 help:
-	@sed -n '3,6s/^# *//p' Makefile
+	@sed -n '3,8s/^# *//p' Makefile
 
 # --------------------------------------------------------------------------------------------------------- environment
 # torch goes first and alone. Pulled in as somebody's dependency it would be whatever build pip prefers, and on Linux
@@ -71,6 +76,24 @@ format: $(VENV)/.train,lint
 bench: $(VENV)/.train,bench
 	@set -e; for subject in $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))); do \
 	    echo "== $$subject"; $(BIN)/python $$subject; done
+
+# Python is not built with AddressSanitizer, so its runtime is loaded first, and before it the C++ library whose exceptions
+# it watches. Python keeps memory until it ends, which is no leak of ours. The sanitized library lies in a copy of the
+# package, so that it is never mistaken for the one that is installed.
+SANITIZED := build/sanitize
+SANITIZED_PYTHON = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/src OMP_WAIT_POLICY=PASSIVE $(BIN)/python
+
+sanitize-native:
+	cmake -S . -B $(SANITIZED) -DHB_TESTS=ON -DHB_SANITIZE=address,undefined
+	cmake --build $(SANITIZED) --parallel $(WORKERS)
+	$(SANITIZED)/native_test --fuzz $(FUZZ) --seed $(SEED)
+
+sanitize: sanitize-native $(VENV)/.train,test
+	rm -rf $(SANITIZED)/src && cp -r src $(SANITIZED)/src
+	cp $(SANITIZED)/libhalfbyte_cpu.so $(SANITIZED)/src/halfbyte/kernels/cpu/
+	$(SANITIZED_PYTHON) -c "from halfbyte.kernels.cpu import library; assert '$(SANITIZED)' in str(library.FILE)"
+	$(SANITIZED_PYTHON) -m pytest tests/kernels -n $(WORKERS) $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) .cache .hypothesis build dist
