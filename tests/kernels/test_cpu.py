@@ -180,6 +180,10 @@ def test_shapes_of_x(isa):
     assert torch.equal(
         OPS.linear(*q.packed(), 40, strided, None), OPS.linear(*q.packed(), 40, strided.contiguous(), None)
     )
+    bias = torch.randn(40, 2)[:, 0]
+    assert torch.equal(
+        OPS.linear(*q.packed(), 40, strided, bias), OPS.linear(*q.packed(), 40, strided, bias.contiguous())
+    )
     assert OPS.linear(*q.packed(), 40, torch.randn(128), None).shape == (40,)
     assert OPS.linear(*q.packed(), 40, torch.randn(2, 3, 128), None).shape == (2, 3, 40)
     assert OPS.linear(*q.packed(), 40, torch.randn(2, 0, 128), None).shape == (2, 0, 40)

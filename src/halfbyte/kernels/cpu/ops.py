@@ -136,7 +136,8 @@ class Ops:
             return self._linear_by_panels(weight, n, x, bias)
         x = _ready(x)
         out = torch.empty((*shape[:-1], n), dtype=dtype)
-        at_bias = None if bias is None else _ready(bias).data_ptr()
+        bias = None if bias is None else _ready(bias)  # by this name: a copy has to live as long as the call
+        at_bias = None if bias is None else bias.data_ptr()
         failed = self._linear(
             torch.get_num_threads(), weight, n, k, x.data_ptr(), rows, number, at_bias, out.data_ptr()
         )
