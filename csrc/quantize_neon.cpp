@@ -3,7 +3,8 @@
 // A table of 16 thresholds is four registers, and a lookup in it by 32-bit lanes costs more than the choice it makes.
 // So each of the four rounds of the search selects its threshold by the answers of the rounds before: 11 selects and
 // four comparisons for 4 weights, where counting all comparisons would take 15 and as many additions. The answers are
-// the bits of the rank.
+// the bits of the rank. GCC 12 makes 283 instructions of 32 float32 weights, 72 of them copies of a register, because a
+// select overwrites one of its operands. No ARM machine has been timed.
 #include <arm_neon.h>
 
 #include "encode.h"

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halfbyte.errors import FormatError
 from halfbyte.formats import SCALE_BLOCK, QuantSpec, distortion, get_codebook
 from halfbyte.formats.blockwise import dequantize, quantize
 from halfbyte.formats.double_quant import dequantize_scales, quantize_scales, scale_table
@@ -63,6 +64,12 @@ def test_decoding_may_begin_inside_a_block(bits):
     codes, absmax, offset = quantize_scales(scales, bits)
     whole = dequantize_scales(codes, absmax, offset, bits, 700)
     assert torch.equal(dequantize_scales(codes, absmax, offset, bits, 693, start=7), whole[7:])
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 5, 32, 2**62])
+def test_another_width_is_refused(bits):
+    with pytest.raises(FormatError, match="are not offered"):
+        quantize_scales(torch.rand(300), bits)
 
 
 def test_an_empty_tensor_has_no_scales():

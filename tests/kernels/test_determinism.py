@@ -1,4 +1,4 @@
-"""halfbyte's own kernels give the same bits with one thread and two, time after time, and to several callers at once."""
+"""halfbyte's own kernels give the same bits with one thread and two, time after time, to several callers at once."""
 
 from __future__ import annotations
 

@@ -17,9 +17,10 @@ from functools import cache
 
 import torch
 
+from halfbyte.errors import FormatError
 from halfbyte.formats.codebooks import dynamic_map, normal_float
 from halfbyte.formats.packing import pack, packed_size, unpack
-from halfbyte.formats.spec import SCALE_BLOCK
+from halfbyte.formats.spec import SCALE_BITS, SCALE_BLOCK
 
 _GRID = 65535
 
@@ -74,12 +75,18 @@ def dequantize_scales(
 
 
 def scale_table(bits: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The second level's values by code: float32 [2**bits], ascending."""
+    """The second level's values by code: float32 [2**bits], ascending.
+
+    Raises:
+        FormatError: the width is not offered.
+    """
     return _scale_table(bits, str(device))
 
 
 @cache
 def _scale_table(bits: int, device: str) -> torch.Tensor:
+    if bits not in SCALE_BITS:  # a table of 2**32 entries would be built for minutes
+        raise FormatError(f"scales of {bits} bits are not offered; choose 8, 6 or 4")
     values = dynamic_map() if bits == 8 else normal_float(bits)
     return torch.tensor(values, dtype=torch.float32, device=device)
 

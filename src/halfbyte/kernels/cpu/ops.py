@@ -91,6 +91,8 @@ class Ops:
         number, count = _DTYPES.get(dtype), math.prod(shape)
         if number is None or not count:
             return reference.OPS["dequantize"](*args)
+        if min(shape, default=0) < 0:
+            raise ShapeError(f"a weight cannot have the shape {list(shape)}")
         weight, keep = _weight(args, count)
         out = torch.empty(shape, dtype=dtype)
         self._dequantize(torch.get_num_threads(), weight, count, 0, 1, 0, count, number, out.data_ptr())
@@ -103,7 +105,8 @@ class Ops:
         number, count = _DTYPES.get(dtype), rows.numel()
         if number is None or not count or columns < 1 or rows.dtype not in (torch.int64, torch.int32):
             return reference.OPS["dequantize_rows"](*args)
-        low, high = (int(bound) for bound in rows.aminmax())
+        index = _ready(rows.long())
+        low, high = (int(bound) for bound in index.aminmax())
         if low < 0:
             # Indexing would count from the end: an ignored label (-100) looked up by mistake would pass for a token.
             raise IndexError(f"row {low} is out of range")
@@ -111,7 +114,6 @@ class Ops:
             weight, keep = _weight(args, (high + 1) * columns)
         except ShapeError as error:
             raise IndexError(f"row {high} is out of range: {error}") from None
-        index = _ready(rows.long())
         out = torch.empty((*rows.shape, columns), dtype=dtype)
         threads = torch.get_num_threads()
         self._dequantize_rows(threads, weight, columns, index.data_ptr(), count, number, out.data_ptr())
@@ -126,6 +128,7 @@ class Ops:
         count = x.numel()
         if number is None or not count or not n:
             return reference.OPS["linear"](*args)
+        _check_on_cpu(x)
         if bias is not None and (bias.dtype != dtype or bias.shape != (n,) or not bias.is_cpu):
             raise ShapeError(f"the bias is {bias.dtype} {tuple(bias.shape)}, the product needs {dtype} ({n},)")
         weight, keep = _weight(args, n * k)
@@ -152,6 +155,7 @@ class Ops:
         count = grad.numel()
         if number is None or not count or not k:
             return reference.OPS["linear_grad_input"](*args)
+        _check_on_cpu(grad)
         weight, keep = _weight(args, n * k)
         rows = count // n
         tuning = TUNING[self.native.isa]
@@ -223,6 +227,8 @@ def _weight(args: tuple[Any, ...], count: int) -> tuple[Weight, tuple[torch.Tens
     codes, scales, absmax, offset, format, block_size, scale_bits, start, scale_start = args[:9]
     number, bits = _FORMATS.get(format) or (0, get_codebook(format).bits)
     _check_block_size(block_size)
+    if count < 0:
+        raise ShapeError(f"a packed weight cannot have {count} elements")
     if start < 0 or scale_start < 0:
         raise ShapeError(f"a packed weight cannot start at {start} of a block, {scale_start} of its scales")
     total = start + count
@@ -238,6 +244,8 @@ def _weight(args: tuple[Any, ...], count: int) -> tuple[Weight, tuple[torch.Tens
     scales = _field(scales, "scales", torch.uint8, packed_size(last, scale_bits))
     absmax = _field(absmax, "scale_absmax", torch.float32, -(-last // SCALE_BLOCK))
     offset = _field(offset, "scale_offset", torch.float32, 1)
+    if offset.numel() != 1:
+        raise ShapeError(f"scale_offset of a packed weight has {offset.numel()} elements; it is one number")
     weight = Weight(
         codes.data_ptr(),
         scales.data_ptr(),
@@ -263,10 +271,20 @@ def _field(tensor: torch.Tensor, name: str, dtype: torch.dtype, least: int) -> t
 
 
 def _ready(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous and aligned to its elements, copied only if it is not (a view into a file can be neither)."""
+    """On the CPU, contiguous and aligned to its elements, copied only if it is not (a view into a file can be neither).
+
+    Raises:
+        ShapeError: it is on another device.
+    """
+    _check_on_cpu(tensor)
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
+def _check_on_cpu(tensor: torch.Tensor) -> None:
+    if not tensor.is_cpu:
+        raise ShapeError(f"a tensor on {tensor.device} cannot go to the native kernels, which run on the CPU")
 
 
 def _whole_rows(args: tuple[Any, ...], k: int) -> bool:
