@@ -1,8 +1,8 @@
 // Decoding with NEON: the scaled table of dequantize_avx512.cpp, in byte lookups.
 //
 // For 16-bit outputs the 16 rounded products of a block are two tables, of their low and of their high bytes; for
-// float32 they are four (neon.h). The inner loop over 32 weights has, as GCC 12
-// makes it, 22 instructions for 16-bit outputs and 40 for float32. No ARM machine has been timed.
+// float32 they are four (neon.h). The inner loop over 32 weights has, as GCC 12 makes it, 22 instructions for 16-bit
+// outputs and 40 for float32. No ARM machine has been timed.
 #include "kernels.h"
 #include "neon.h"
 
