@@ -40,13 +40,15 @@ Buffer random_bytes(Random &random, int64_t bytes) {
     return made;
 }
 
-// Which values a buffer of floats holds. kTies has few values, on and beside thresholds of the formats.
-enum class Values { kSmooth, kTies, kConstant, kZero, kRare, kAny };
+// Which values a buffer of floats holds. kTies has few values, on and beside thresholds of the formats; kHalfway has
+// scales that, multiplied by a value of 1, lie where 16-bit rounding decides. Factors are powers of two, to keep both.
+enum class Values { kSmooth, kTies, kHalfway, kConstant, kZero, kRare, kAny };
 
 float value(Random &random, Values values) {
     switch (values) {
         case Values::kSmooth: return random.smooth();
         case Values::kTies: return float(random.between(-32, 32)) / 32;
+        case Values::kHalfway: return random.halfway();
         case Values::kConstant: return -0.75f;
         case Values::kZero: return random.one_in(2) ? 0.0f : -0.0f;
         case Values::kRare: return random.one_in(50) ? random.any_float() : random.smooth();
@@ -54,7 +56,7 @@ float value(Random &random, Values values) {
     }
 }
 
-Values any_values(Random &random) { return Values(random.below(6)); }
+Values any_values(Random &random) { return Values(random.below(7)); }
 
 void put(Random &random, void *data, const Type &type, int64_t at, float x) {
     if (type.number == HB_FLOAT32) {
@@ -101,11 +103,11 @@ Weight weight(Random &random, int64_t format, int64_t block_size, int64_t start,
     w.codes = static_cast<uint8_t *>(keep(random_bytes(random, packed_size(total, format == kInt8 ? 8 : 4))));
     const Values values = finite ? Values::kSmooth : any_values(random);
     if (w.scale_bits == 0) {
-        w.scales = keep(floats(random, single, blocks, values, 0.05f));
+        w.scales = keep(floats(random, single, blocks, values, 0x1p-4f));
     } else {
         w.scales = keep(random_bytes(random, packed_size(last, w.scale_bits)));
-        w.scale_absmax = static_cast<float *>(keep(floats(random, single, ceil_div(last, kScaleBlock), values, 0.05f)));
-        w.scale_offset = static_cast<float *>(keep(floats(random, single, 1, values, 0.05f)));
+        w.scale_absmax = static_cast<float *>(keep(floats(random, single, ceil_div(last, kScaleBlock), values, 0x1p-4f)));
+        w.scale_offset = static_cast<float *>(keep(floats(random, single, 1, values, 0x1p-4f)));
     }
     char text[200];
     std::snprintf(text, sizeof text, "format %d, block %d, start %d, scale_bits %d, scale_start %d", int(format),
@@ -128,7 +130,7 @@ Call quantize(Random &random) {
     const int64_t count = random.size(random.one_in(20) ? 18 : 13);
     const Type &type = kTypes[random.below(3)];
     const Values values = any_values(random);
-    const Buffer w = floats(random, type, count, values, 0.02f);
+    const Buffer w = floats(random, type, count, values, 0x1p-6f);
     Call call;
     call.text = described("quantize: count %d, format %d, block %d, values %d, ", count, format, block, int(values));
     call.text += type.name;
@@ -144,7 +146,7 @@ Call quantize(Random &random) {
 Call quantize_scales(Random &random) {
     const int64_t count = random.size(13), bits = random.among({8, 6, 4});
     const Values values = any_values(random);
-    const Buffer centred = floats(random, kTypes[0], count, values, 0.01f);
+    const Buffer centred = floats(random, kTypes[0], count, values, 0x1p-7f);
     Call call;
     call.text = described("quantize_scales: count %d, bits %d, values %d", count, bits, int(values));
     call.outputs = {{packed_size(count, bits), Element::kByte},

@@ -29,14 +29,27 @@ class Random {  // splitmix64 (Steele, Lea, Flood 2014)
         for (int i = 0; i < 4; ++i) sum += below(1 << 20);
         return float(sum - (1 << 21)) * 0x1p-20f;
     }
-    // Any float at all: NaN, infinities and subnormals among them.
+    // Any float at all, with every eighth a NaN or an infinity and every eighth subnormal or zero.
     float any_float() {
-        const uint32_t u = uint32_t(bits());
+        const uint32_t u = uint32_t(bits()), fraction = one_in(4) ? 0 : u & 0x7fffff, sign = u & 0x80000000;
+        const int64_t kind = below(8);
+        return from_bits(kind == 0 ? sign | 0x7f800000 | fraction : kind == 1 ? sign | fraction : u);
+    }
+    // Halfway between two neighbours of bfloat16 or of float16, or one step beside.
+    float halfway() {
+        const float near = smooth();
+        uint32_t u;
+        std::memcpy(&u, &near, 4);
+        const uint32_t middle = one_in(2) ? 0x8000 : 0x1000, width = 2 * middle - 1;
+        return from_bits((u & ~width) + uint32_t(int64_t(middle) + between(-1, 1)));
+    }
+
+  private:
+    static float from_bits(uint32_t u) {
         float x;
         std::memcpy(&x, &u, 4);
         return x;
     }
 
-  private:
     uint64_t state_;
 };
