@@ -8,8 +8,12 @@
 #include <cpuid.h>
 #endif
 #ifdef __linux__
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#ifdef __APPLE__
+#include <sys/sysctl.h>
 #endif
 
 namespace halfbyte {
@@ -38,6 +42,19 @@ bool amx_granted() {
 #endif
 #ifdef HB_ARM64
 const Kernels kNeon = {dequantize_neon, quantize_neon, linear_neon, grad_input_neon};
+const Kernels kNeonBf16 = {dequantize_neon, quantize_neon, linear_neonbf16, grad_input_neon};
+
+bool has_bf16() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP2) >> 14 & 1;  // HWCAP2_BF16
+#elif defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return !sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) && found;
+#else
+    return false;
+#endif
+}
 #endif
 
 const Kernels *find(int isa) {
@@ -56,6 +73,7 @@ const Kernels *find(int isa) {
 #endif
 #ifdef HB_ARM64
     if (isa == HB_NEON) return &kNeon;  // part of every 64-bit ARM
+    if (isa == HB_NEONBF16 && has_bf16()) return &kNeonBf16;
 #endif
     return nullptr;
 }
@@ -73,7 +91,7 @@ int hb_abi(void) { return HB_ABI; }
 int hb_has_isa(int isa) { return halfbyte::find(isa) != nullptr; }
 
 int hb_best_isa(void) {
-    for (const int isa : {HB_AMX, HB_AVX512BF16, HB_AVX512, HB_AVX2, HB_NEON}) {
+    for (const int isa : {HB_AMX, HB_AVX512BF16, HB_AVX512, HB_AVX2, HB_NEONBF16, HB_NEON}) {
         if (hb_has_isa(isa)) return isa;
     }
     return HB_GENERIC;

@@ -22,8 +22,9 @@ extern "C" {
 // Element types, numbered as in kernels/cpu/library.py.
 enum hb_dtype { HB_FLOAT32 = 0, HB_BFLOAT16 = 1, HB_FLOAT16 = 2 };
 
-// Instruction sets. HB_AMX is AVX512-BF16 with the matrix unit beside it.
-enum hb_isa { HB_GENERIC = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512BF16 = 3, HB_AMX = 4, HB_NEON = 5 };
+// Instruction sets. HB_AMX is AVX512-BF16 with the matrix unit beside it, HB_NEONBF16 is NEON with bf16 products.
+enum hb_isa { HB_GENERIC = 0, HB_AVX2 = 1, HB_AVX512 = 2, HB_AVX512BF16 = 3, HB_AMX = 4, HB_NEON = 5,
+              HB_NEONBF16 = 6 };
 
 // A packed weight: the nine fields of kernels/schema.py's PackedWeight. Element i of the tensor is element start + i
 // of the blocks; block b's scale is number scale_start + b of the second level.

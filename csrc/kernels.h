@@ -74,6 +74,7 @@ void dequantize_neon(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_neon(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
 extern const GradInput grad_input_neon;
 extern const Linear linear_neon;
+extern const Linear linear_neonbf16;
 #endif
 
 }  // namespace halfbyte

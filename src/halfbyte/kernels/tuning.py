@@ -2,7 +2,8 @@
 
 `benchmarks/kernels.py --crossover` prints the times these numbers come from. "amx" was measured on two cores of an
 Intel Xeon with AMX; the others on the same machine, where torch's GEMM has AMX and they do not: on a CPU without it
-they pay for more rows than these, and should be measured again there. "neon" was measured nowhere: it is AVX2's line.
+they pay for more rows than these, and should be measured again there. "neon" and "neonbf16" were measured nowhere: they
+are AVX2's line, with AVX512-BF16's for bfloat16 products.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ TUNING: dict[str, Tuning] = {
     "generic": Tuning(linear_rows=4, linear_rows_float=4, grad_rows=4, grad_rows_float=4, panel_bytes=1 << 23),
     "avx2": Tuning(linear_rows=8, linear_rows_float=8, grad_rows=8, grad_rows_float=8, panel_bytes=1 << 23),
     "neon": Tuning(linear_rows=8, linear_rows_float=8, grad_rows=8, grad_rows_float=8, panel_bytes=1 << 23),
+    "neonbf16": Tuning(linear_rows=16, linear_rows_float=8, grad_rows=8, grad_rows_float=8, panel_bytes=1 << 23),
     "avx512": Tuning(linear_rows=8, linear_rows_float=16, grad_rows=8, grad_rows_float=16, panel_bytes=1 << 23),
     "avx512bf16": Tuning(linear_rows=16, linear_rows_float=16, grad_rows=8, grad_rows_float=16, panel_bytes=1 << 23),
     "amx": Tuning(linear_rows=384, linear_rows_float=16, grad_rows=384, grad_rows_float=16, panel_bytes=1 << 23),

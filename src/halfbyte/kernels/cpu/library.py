@@ -23,7 +23,7 @@ FILE = Path(__file__).with_name("libhalfbyte_cpu.so")
 NOTE = Path(__file__).with_name("not_built.txt")
 _ABI = 1  # HB_ABI in csrc/halfbyte.h
 
-ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx", "neon")  # numbered as in csrc/halfbyte.h
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")  # numbered as in csrc/halfbyte.h
 _REINSTALL = "run `pip install --force-reinstall --no-deps halfbyte`, or `pip install -e .` in a checkout"
 
 
