@@ -1,7 +1,7 @@
 // Decoding with NEON: the scaled table of dequantize_avx512.cpp, in byte lookups.
 //
-// The tables and their lookups are in neon.h. The inner loop over 32 weights is, as GCC 12 makes it, 22 instructions for
-// 16-bit outputs and 40 for float32. No ARM machine has been timed.
+// The tables and their lookups are in neon.h. The inner loop over 32 weights is, as GCC 12 makes it, 22 instructions
+// for 16-bit outputs and 40 for float32. No ARM machine has been timed.
 #include "kernels.h"
 #include "neon.h"
 

@@ -3,8 +3,8 @@
 // 16 bytes of codes are 32 weights: the high nibbles are the even columns, the low nibbles the odd ones, and x is laid
 // out once a call in that order, so that nibbles need no zip. 16 weights are 12 operations (neon.h), and 4 fused
 // multiply-adds for each row of x: decoding outweighs the product up to 3 rows. The inner loops are, as GCC 12 makes
-// them, 89 instructions for 2 rows of W, one row of x and 32 columns, and 159 for 2 rows of W and 4 of x. No ARM machine
-// has been timed.
+// them, 89 instructions for 2 rows of W, one row of x and 32 columns, and 159 for 2 rows of W and 4 of x. No ARM
+// machine has been timed.
 #include "neon.h"
 #include "tiles.h"
 

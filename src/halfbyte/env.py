@@ -3,7 +3,7 @@
 | variable | values | effect |
 |---|---|---|
 | `HALFBYTE_KERNELS` | `auto`, `cpu`, `reference` | which implementation of the ops runs; `auto` is the default |
-| `HALFBYTE_CPU_ISA` | `auto`, `generic`, `avx2`, `avx512`, `avx512bf16`, `amx`, `neon`, `neonbf16` | what the CPU kernels use |
+| `HALFBYTE_CPU_ISA` | `auto`, `generic`, `avx2`, `avx512`, `avx512bf16`, `amx`, `neon`, `neonbf16` | the CPU kernels |
 | `HF_HUB_OFFLINE` | `1` | set by halfbyte before a local path is opened: nothing reaches for a network |
 | `OMP_WAIT_POLICY` | `PASSIVE` | set by the command line unless it is set: idle threads sleep, they do not spin |
 """

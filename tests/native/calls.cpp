@@ -106,7 +106,8 @@ Weight weight(Random &random, int64_t format, int64_t block_size, int64_t start,
         w.scales = keep(floats(random, single, blocks, values, 0x1p-4f));
     } else {
         w.scales = keep(random_bytes(random, packed_size(last, w.scale_bits)));
-        w.scale_absmax = static_cast<float *>(keep(floats(random, single, ceil_div(last, kScaleBlock), values, 0x1p-4f)));
+        const int64_t second = ceil_div(last, kScaleBlock);
+        w.scale_absmax = static_cast<float *>(keep(floats(random, single, second, values, 0x1p-4f)));
         w.scale_offset = static_cast<float *>(keep(floats(random, single, 1, values, 0x1p-4f)));
     }
     char text[200];

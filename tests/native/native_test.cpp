@@ -3,16 +3,18 @@
 //   native_test [--cases N | --fuzz SECONDS] [--seed N]
 //   native_test --case SEED          one case again, as a failure names it
 //
-// For each case and each instruction set that this machine has: the results equal the generic ones to the bit (products:
-// lie within a derived bound of the exact one), no byte beside a buffer is read or written, and neither several threads
+// For each case and each instruction set that this machine has: the results equal the generic ones to the bit
+// (products: lie within a derived bound of the exact one), no byte beside a buffer is read or written, and neither several threads
 // in a call nor several callers at once change a bit. The last line says how much was run; its digest is over the
 // results that have to be equal everywhere, so it is the same on every processor.
 #include <chrono>
+#include <cinttypes>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -132,13 +134,13 @@ void check_callers(const Call &call, int isa, const Results &expected, Random &r
 }
 
 void check(uint64_t seed, const std::vector<int> &available, Checked &checked) {
-    std::snprintf(running, sizeof running, "--case %llu, while it was made", static_cast<unsigned long long>(seed));
+    std::snprintf(running, sizeof running, "--case %" PRIu64 ", while it was made", seed);
     const Call call = random_call(seed);
     Random random(~seed);
     Results expected;
     for (const int isa : available) {
-        std::snprintf(running, sizeof running, "--case %llu, instruction set %d: %s",
-                      static_cast<unsigned long long>(seed), isa, call.text.c_str());
+        std::snprintf(running, sizeof running, "--case %" PRIu64 ", instruction set %d: %s", seed, isa,
+                      call.text.c_str());
         hb_set_isa(isa);
         Results alone = outputs_of(call, random), shared = outputs_of(call, random);
         if (run(call, 1, alone)) fail("no memory");
@@ -203,8 +205,7 @@ int main(int argc, char **argv) {
     while (seconds > 0 ? elapsed() < seconds : checked.cases < cases) check(seed + checked.cases, available, checked);
     std::printf("instruction sets");
     for (const int isa : available) std::printf(" %d", isa);
-    std::printf("; best %d\n%llu cases, %llu calls in %.1f s from seed %llu, digest %016llx\n", hb_best_isa(),
-                static_cast<unsigned long long>(checked.cases), static_cast<unsigned long long>(checked.calls), elapsed(),
-                static_cast<unsigned long long>(seed), static_cast<unsigned long long>(checked.digest));
+    std::printf("; best %d\n%" PRIu64 " cases, %" PRIu64 " calls in %.1f s from seed %" PRIu64 ", digest %016" PRIx64 "\n",
+                hb_best_isa(), checked.cases, checked.calls, elapsed(), seed, checked.digest);
     return 0;
 }
