@@ -4,9 +4,9 @@
 //   native_test --case SEED          one case again, as a failure names it
 //
 // For each case and each instruction set that this machine has: the results equal the generic ones to the bit
-// (products: lie within a derived bound of the exact one), no byte beside a buffer is read or written, and neither several threads
-// in a call nor several callers at once change a bit. The last line says how much was run; its digest is over the
-// results that have to be equal everywhere, so it is the same on every processor.
+// (products: lie within a derived bound of the exact one), no byte beside a buffer is read or written, and neither
+// several threads in a call nor several callers at once change a bit. The last line says how much was run; its digest is
+// over the results that have to be equal everywhere, so it is the same on every processor.
 #include <chrono>
 #include <cinttypes>
 #include <cmath>
@@ -205,7 +205,8 @@ int main(int argc, char **argv) {
     while (seconds > 0 ? elapsed() < seconds : checked.cases < cases) check(seed + checked.cases, available, checked);
     std::printf("instruction sets");
     for (const int isa : available) std::printf(" %d", isa);
-    std::printf("; best %d\n%" PRIu64 " cases, %" PRIu64 " calls in %.1f s from seed %" PRIu64 ", digest %016" PRIx64 "\n",
-                hb_best_isa(), checked.cases, checked.calls, elapsed(), seed, checked.digest);
+    std::printf("; best %d\n%" PRIu64 " cases, %" PRIu64 " calls in %.1f s from seed %" PRIu64, hb_best_isa(),
+                checked.cases, checked.calls, elapsed(), seed);
+    std::printf(", digest %016" PRIx64 "\n", checked.digest);
     return 0;
 }
