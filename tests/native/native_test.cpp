@@ -5,8 +5,8 @@
 //
 // For each case and each instruction set that this machine has: the results equal the generic ones to the bit
 // (products: lie within a derived bound of the exact one), no byte beside a buffer is read or written, and neither
-// several threads in a call nor several callers at once change a bit. The last line says how much was run; its digest is
-// over the results that have to be equal everywhere, so it is the same on every processor.
+// several threads in a call nor several callers at once change a bit. The last line says how much was run; its digest
+// is over the results that have to be equal everywhere, so it is the same on every processor.
 #include <chrono>
 #include <cinttypes>
 #include <cmath>
