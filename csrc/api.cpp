@@ -39,6 +39,39 @@ void advise_large_pages(void *data, int64_t bytes) {
 #endif
 }
 
+// The panel of a Gemm: the widest that gives every thread equally many.
+int64_t panel_size(int threads, int64_t outputs, int64_t most, int64_t block_size) {
+    const int64_t unit = std::min(std::max<int64_t>(block_size, 64), most);
+    const int64_t rounds = std::max<int64_t>(1, (outputs + threads * most - 1) / (threads * most));
+    const int64_t even = (outputs + threads * rounds - 1) / (threads * rounds);
+    return (even + unit - 1) / unit * unit;
+}
+
+// Passes have nearly equal numbers of rows. Neither they nor the order of any sum depend on the threads.
+int multiply(int threads, const halfbyte::Gemm &gemm, const hb_weight *w, int64_t n, int64_t k, const void *x,
+             int64_t rows, int64_t outputs, int64_t length, const void *bias, void *out) {
+    const int64_t passes = (rows + gemm.most_rows - 1) / gemm.most_rows, step = (rows + passes - 1) / passes;
+    const int64_t panel = panel_size(threads, outputs, gemm.most_outputs, w->block_size);
+    const int64_t packed_size = gemm.packed_size(step, length), workspace_size = gemm.workspace_size(step);
+    const Scratch scratch(packed_size + threads * workspace_size);
+    if (!scratch.data()) return 1;
+    advise_large_pages(out, rows * outputs * 2);
+    char *const workspaces = static_cast<char *>(scratch.data()) + packed_size;
+    for (int64_t row = 0; row < rows; row += step) {
+        const int64_t some = std::min(step, rows - row);
+        const char *const from = static_cast<const char *>(x) + row * length * 2;
+        char *const to = static_cast<char *>(out) + row * outputs * 2;
+        parallel_for(threads, gemm.pieces(some, length), 1, [&](int64_t first, int64_t last) {
+            gemm.pack(from, some, length, scratch.data(), first, last);
+        });
+        std::atomic<int64_t> next{0};
+        parallel_for(threads, threads, 1, [&](int64_t thread, int64_t) {
+            gemm.run(*w, n, k, scratch.data(), some, bias, to, panel, next, workspaces + thread * workspace_size);
+        });
+    }
+    return 0;
+}
+
 int64_t element_size(int dtype) { return dtype == HB_FLOAT32 ? 4 : 2; }
 
 }  // namespace
@@ -88,6 +121,10 @@ void hb_quantize(int threads, const void *w, int dtype, int64_t count, int64_t f
 
 int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, const void *x, int64_t rows, int dtype,
               const void *bias, void *out) {
+    const halfbyte::Gemm *const gemm = kernels().linear_gemm;
+    if (gemm && dtype == HB_BFLOAT16 && rows >= halfbyte::kGemmRows) {
+        return multiply(threads, *gemm, w, n, k, x, rows, n, k, bias, out);
+    }
     const halfbyte::Linear &linear = kernels().linear;
     const Scratch scratch(linear.scratch_size(std::min(rows, halfbyte::kPassRows), k));
     if (!scratch.data()) return 1;
@@ -106,6 +143,10 @@ int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, const void 
 
 int hb_linear_grad_input(int threads, const hb_weight *w, int64_t n, int64_t k, const void *grad, int64_t rows,
                          int dtype, void *out) {
+    const halfbyte::Gemm *const gemm = kernels().grad_input_gemm;
+    if (gemm && dtype == HB_BFLOAT16 && rows >= halfbyte::kGemmRows) {
+        return multiply(threads, *gemm, w, n, k, grad, rows, k, n, nullptr, out);
+    }
     const halfbyte::GradInput &product = kernels().grad_input;
     const Scratch scratch(product.scratch_size(std::min(rows, product.most_rows), n));
     if (!scratch.data()) return 1;

@@ -36,5 +36,5 @@ TUNING: dict[str, Tuning] = {
     "avx2": Tuning(linear_rows=8, linear_rows_float=8, grad_rows=8, grad_rows_float=8, panel_bytes=1 << 23),
     "avx512": Tuning(linear_rows=8, linear_rows_float=16, grad_rows=8, grad_rows_float=16, panel_bytes=1 << 23),
     "avx512bf16": Tuning(linear_rows=16, linear_rows_float=16, grad_rows=8, grad_rows_float=16, panel_bytes=1 << 23),
-    "amx": Tuning(linear_rows=384, linear_rows_float=16, grad_rows=384, grad_rows_float=16, panel_bytes=1 << 23),
+    "amx": Tuning(linear_rows=1 << 62, linear_rows_float=16, grad_rows=1 << 62, grad_rows_float=16, panel_bytes=1 << 23),
 }
