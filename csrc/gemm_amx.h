@@ -26,11 +26,13 @@ namespace {
 
 constexpr int64_t kBlockRows = 2 * kTile;         // rows, and outputs, that four sums cover
 constexpr int64_t kStep = 32;                     // terms that one tile product sums over
-constexpr int64_t kStepWords = 2 * kTileWords;    // two tiles side by side: one step of one operand
+// Two tiles side by side, one step of one operand, and a cache line: decoding writes the same line of many steps at once,
+// which would all lie in the same two sets of the cache.
+constexpr int64_t kStepWords = 2 * kTileWords + 32;
 constexpr int64_t kBlockSums = 4 * kSum;
 constexpr int64_t kPanel = 256, kChunk = 512;     // outputs and terms of a decoded panel
 constexpr int64_t kMostRows = 512;                // of a pass
-constexpr int64_t kPanelWords = kPanel * kChunk;
+constexpr int64_t kPanelWords = kPanel / kBlockRows * (kChunk / kStep) * kStepWords;
 
 constexpr TileConfig kTileConfig;
 
@@ -72,10 +74,19 @@ inline __m512i two_tables(__m512 values, float scale, float upper_scale) {
                                         _mm512_mul_ps(values, _mm512_set1_ps(scale)));
 }
 
-// to [left tile][right tile] = from (zeros if null) + the product over `steps` steps. `next` will be needed soon.
+// Packed rows that will be decoded soon: `rows` of `bytes` bytes, `stride` apart.
+struct Codes {
+    const uint8_t *first;
+    int64_t stride, bytes, rows;
+};
+
+// to [left tile][right tile] = from (zeros if null) + the product over `steps` steps. `next` will be needed soon, as
+// will `codes`: they are asked for a few at each step, since a whole row of requests at once fills the queue to the
+// memory and stops everything behind it.
 template <bool WeightsLeft>
 inline void multiply(const uint16_t *weights, const uint16_t *rows, int64_t steps, const float *from, float *to,
-                     const float *next) {
+                     const float *next, Codes codes) {
+    const int64_t rows_a_step = (codes.rows + steps - 1) / steps;
     if (from) {
         _tile_loadd(0, from, kRowBytes);
         _tile_loadd(1, from + kSum, kRowBytes);
@@ -108,6 +119,9 @@ inline void multiply(const uint16_t *weights, const uint16_t *rows, int64_t step
         // 64 lines of sums in 16 steps.
         for (int line = 0; line < 4; ++line) _mm_prefetch(next + line * 16, _MM_HINT_T0);
         next += 64;
+        for (int64_t row = std::min(rows_a_step, codes.rows); row > 0; --row, --codes.rows, codes.first += codes.stride) {
+            for (int64_t at = 0; at < codes.bytes; at += 64) _mm_prefetch(codes.first + at, _MM_HINT_T0);
+        }
         _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, to, kRowBytes);
@@ -125,6 +139,7 @@ inline int64_t workspace_bytes(int64_t rows) {
 // Computes panels of `panel` outputs, taken from `next` until there are none. An Op has
 //   kWeightsLeft                 whether W is the left operand of the unit
 //   units(piece)                 how many times decode has to be called for a piece
+//   codes(piece, unit, count)    what decode will read for `count` units
 //   decode(piece, unit, tiles)   tiles [32 outputs][step][2 tiles]
 //   write(sums, row, output)     32 x 32 finished sums to their place
 template <class Op>
@@ -150,16 +165,17 @@ void run_panels(const Op &op, int64_t outputs, int64_t panel, int64_t length, co
         const int64_t steps = round_up(piece.width, kStep) / kStep;
         const int64_t groups = round_up(piece.last - piece.first, kBlockRows) / kBlockRows;
         int64_t unit = 0, done = 0;
+        const auto due_after = [&](int64_t calls) { return std::min(units, units * calls / (blocks * groups)); };
         for (int64_t block = 0; block < blocks; ++block) {
             const uint16_t *const block_x = x + (block * steps_of_x + piece.at / kStep) * kStepWords;
             for (int64_t group = 0; group < groups; ++group) {
+                const int64_t due = due_after(++done), later = due_after(done + 1);
                 float *const at = sums + (block * groups + group) * kBlockSums;
                 multiply<Op::kWeightsLeft>(tiles + group * steps * kStepWords, block_x, steps, piece.at ? at : nullptr,
-                                           last ? finished : at, at + kBlockSums);
+                                           last ? finished : at, at + kBlockSums,
+                                           op.codes(ahead, due, later - due));
                 if (last) op.write(finished, block * kBlockRows, piece.first + group * kBlockRows, piece.last);
-                for (const int64_t due = units * ++done / (blocks * groups); unit < due; ++unit) {
-                    op.decode(ahead, unit, tiles_ahead);
-                }
+                for (; unit < due; ++unit) op.decode(ahead, unit, tiles_ahead);
             }
         }
         std::swap(tiles, tiles_ahead);

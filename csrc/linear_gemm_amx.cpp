@@ -38,7 +38,8 @@ void pack(const void *x, int64_t rows, int64_t k, void *packed, int64_t first, i
                 }
                 transpose(even);
                 transpose(odd);
-                uint16_t *const out = static_cast<uint16_t *>(packed) + row * k + at * kBlockRows + tile * kTileWords;
+                uint16_t *const out = static_cast<uint16_t *>(packed) + (row / kBlockRows * k + at) / kStep * kStepWords +
+                                      tile * kTileWords;
                 for (int64_t pair = 0; pair < kTile; ++pair) {
                     _mm512_store_si512(out + pair * 32, even[pair]);
                     _mm512_store_si512(out + kStepWords + pair * 32, odd[pair]);
@@ -58,10 +59,14 @@ struct Forward {
 
     int64_t units(const Piece &piece) const { return round_up(piece.last - piece.first, kBlockRows); }
 
+    Codes codes(const Piece &piece, int64_t unit, int64_t count) const {
+        return {w.codes + ((piece.first + unit) * k + piece.at) / 2, k / 2, piece.width / 2, count};
+    }
+
     // One row of W.
     void decode(const Piece &piece, int64_t unit, uint16_t *tiles) const {
-        uint16_t *to = tiles + unit / kBlockRows * kBlockRows * piece.width + unit % kBlockRows / kTile * kTileWords +
-                       unit % kTile * 32;
+        uint16_t *to = tiles + unit / kBlockRows * (piece.width / kStep) * kStepWords +
+                       unit % kBlockRows / kTile * kTileWords + unit % kTile * 32;
         if (piece.first + unit >= piece.last) {
             for (int64_t at = 0; at < piece.width; at += kStep, to += kStepWords) {
                 _mm512_store_si512(to, _mm512_setzero_si512());
@@ -83,7 +88,6 @@ struct Forward {
         const __m512i nibble = _mm512_set1_epi16(15);
         const int64_t groups = Halves ? 1 : std::min(w.block_size, piece.width) / kGroup;
         const uint8_t *codes = w.codes + (row * k + piece.at) / 2;
-        for (int64_t at = 0; at < piece.width / 2; at += 64) _mm_prefetch(codes + 8 * k / 2 + at, _MM_HINT_T0);
         const float *scale = scales;
         for (const uint8_t *const end = codes + piece.width / 2; codes < end; scale += Halves ? 2 : 1) {
             const __m512i tables = two_tables(values, scale[0], scale[Halves]);
@@ -131,7 +135,9 @@ struct Forward {
     }
 };
 
-int64_t packed_bytes(int64_t rows, int64_t k) { return round_up(rows, kBlockRows) * k * int64_t(sizeof(uint16_t)); }
+int64_t packed_bytes(int64_t rows, int64_t k) {
+    return round_up(rows, kBlockRows) / kBlockRows * (k / kStep) * kStepWords * int64_t(sizeof(uint16_t));
+}
 
 void run(const hb_weight &w, int64_t n, int64_t k, const void *packed, int64_t rows, const void *bias, void *out,
          int64_t panel, std::atomic<int64_t> &next, void *workspace) {

@@ -17,7 +17,7 @@ void pack(const void *grad, int64_t rows, int64_t n, void *packed, int64_t first
     const int64_t steps = round_up(n, kStep) / kStep;
     for (int64_t row = first * kBlockRows; row < last * kBlockRows; ++row) {
         uint16_t *out = static_cast<uint16_t *>(packed) +
-                        (row / kBlockRows * steps * 2 + row % kBlockRows / kTile) * kTileWords + row % kTile * 32;
+                        row / kBlockRows * steps * kStepWords + row % kBlockRows / kTile * kTileWords + row % kTile * 32;
         const uint16_t *from = static_cast<const uint16_t *>(grad) + row * n;
         for (int64_t at = 0; at < n; at += kStep, out += kStepWords) {
             const __mmask32 some = row >= rows ? 0 : n - at >= kStep ? ~0u : (1u << (n - at)) - 1;
@@ -34,6 +34,10 @@ struct Backward {
     __m512 values;
 
     int64_t units(const Piece &piece) const { return round_up(piece.width, kStep) / 2; }
+
+    Codes codes(const Piece &piece, int64_t unit, int64_t count) const {
+        return {w.codes + ((piece.at + 2 * unit) * k + piece.first) / 2, k / 2, (piece.last - piece.first) / 2, 2 * count};
+    }
 
     // Rows 2 * unit and 2 * unit + 1 of the piece; those past the end of W are zeros, as g's columns are there.
     void decode(const Piece &piece, int64_t unit, uint16_t *tiles) const {
@@ -53,10 +57,6 @@ struct Backward {
         decode_scales(w, row * (k / w.block_size) + first_block, blocks, scales[0]);
         if (!alone) decode_scales(w, (row + 1) * (k / w.block_size) + first_block, blocks, scales[1]);
         const uint8_t *a = w.codes + (row * k + piece.first) / 2, *b = alone ? a : a + k / 2;
-        for (int64_t line = 0; line < 2; ++line) {
-            _mm_prefetch(a + 8 * k + line * 64, _MM_HINT_T0);
-            _mm_prefetch(b + 8 * k + line * 64, _MM_HINT_T0);
-        }
         const auto widen = [](const uint8_t *from) {
             return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
         };
@@ -89,7 +89,7 @@ struct Backward {
 };
 
 int64_t packed_bytes(int64_t rows, int64_t n) {
-    return round_up(rows, kBlockRows) * round_up(n, kStep) * int64_t(sizeof(uint16_t));
+    return round_up(rows, kBlockRows) / kBlockRows * (round_up(n, kStep) / kStep) * kStepWords * int64_t(sizeof(uint16_t));
 }
 
 void run(const hb_weight &w, int64_t n, int64_t k, const void *packed, int64_t rows, const void *, void *out,
