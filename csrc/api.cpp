@@ -25,14 +25,16 @@ constexpr int64_t kPiece = 1 << 16;
 // K = 4096.
 constexpr int64_t kLinearRows = 64;
 
+constexpr int64_t kLargePage = 1 << 21;
+
 // Asks for large pages under a buffer that is about to be written for the first time. A fresh 32 MiB result costs 8192
 // page faults of 4 KiB, ten times what decoding it takes; with pages of 2 MiB it costs 16. A hint: failing changes
 // nothing.
 void advise_large_pages(void *data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t kLargePage = 1 << 21;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) & ~(kLargePage - 1);
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~(kLargePage - 1);
+    const uintptr_t mask = ~uintptr_t(kLargePage - 1);
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) & mask;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & mask;
     if (begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
 #else
     (void)data, (void)bytes;
@@ -47,11 +49,13 @@ int64_t panel_size(int threads, int64_t outputs, int64_t most, int64_t block_siz
     return (even + unit - 1) / unit * unit;
 }
 
-// Passes have nearly equal numbers of rows. Neither they nor the order of any sum depend on the threads.
+// A product by a Gemm. Passes have nearly equal numbers of rows; neither they nor the order of any sum depend on the
+// threads.
 int multiply(int threads, const halfbyte::Gemm &gemm, const hb_weight *w, int64_t n, int64_t k, const void *x,
              int64_t rows, int64_t outputs, int64_t length, const void *bias, void *out) {
     const int64_t passes = (rows + gemm.most_rows - 1) / gemm.most_rows, step = (rows + passes - 1) / passes;
     const int64_t panel = panel_size(threads, outputs, gemm.most_outputs, w->block_size);
+    threads = int(std::min<int64_t>(threads, (outputs + panel - 1) / panel));
     const int64_t packed_size = gemm.packed_size(step, length), workspace_size = gemm.workspace_size(step);
     const Scratch scratch(packed_size + threads * workspace_size);
     if (!scratch.data()) return 1;
@@ -82,9 +86,14 @@ void hb_dequantize(int threads, const hb_weight *w, int64_t width, int64_t row, 
     char *const bytes = static_cast<char *>(out);
     const int64_t size = element_size(dtype);
     if (columns == width) {
-        advise_large_pages(out, rows * width * size);
-        parallel_for(threads, rows * width, kPiece, [=](int64_t first, int64_t last) {
-            decode(*w, row * width + first, last - first, dtype, bytes + first * size);
+        const int64_t count = rows * width;
+        advise_large_pages(out, count * size);
+        // A large result is cut at its large pages: two threads that touch the same fresh one would both clear it.
+        const int64_t piece = count * size < 4 * kLargePage ? kPiece : kLargePage / size;
+        const int64_t shift = piece == kPiece ? 0 : int64_t(reinterpret_cast<uintptr_t>(out) % kLargePage) / size;
+        parallel_for(threads, count + shift, piece, [=](int64_t first, int64_t last) {
+            const int64_t from = std::max<int64_t>(first - shift, 0), to = last - shift;
+            decode(*w, row * width + from, to - from, dtype, bytes + from * size);
         });
         return;
     }

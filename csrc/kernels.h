@@ -40,13 +40,13 @@ struct GradInput {
                 int64_t first, int64_t last);
 };
 
-// A product of many rows, bf16 only: out [rows, outputs] = sum over `length` of an activation and a weight, where
-// (outputs, length) is (n, k) for y = x W^T and (k, n) for g W. api.cpp goes through the rows in passes of up to
-// `most_rows`. In each, all threads `pack` pieces of the activations in an order of the kernel's own (64-byte aligned);
-// then each calls `run` once with a workspace of its own, which takes panels of `panel` outputs from `next`.
+// A product of many rows, bf16 only: out [rows, outputs] = the sum over `length` terms of an activation times a weight,
+// where (outputs, length) is (n, k) for y = x W^T and (k, n) for g W. api.cpp goes through the rows in passes, which
+// bounds the memory it takes. In each, all threads `pack` pieces of the activations into an order of the kernel's own
+// (64-byte aligned); then each calls `run` with a workspace of its own, which takes panels of outputs from `next`.
 struct Gemm {
-    int64_t most_rows;  // of a pass
-    int64_t most_outputs;  // of a panel; the panel is a multiple of 64 and of the smaller of this and the block size
+    int64_t most_rows;     // of a pass
+    int64_t most_outputs;  // of a panel, which is a multiple of 64, and of the block size where that is less than this
     int64_t (*packed_size)(int64_t rows, int64_t length);
     int64_t (*workspace_size)(int64_t rows);
     int64_t (*pieces)(int64_t rows, int64_t length);

@@ -38,8 +38,8 @@ void pack(const void *x, int64_t rows, int64_t k, void *packed, int64_t first, i
                 }
                 transpose(even);
                 transpose(odd);
-                uint16_t *const out = static_cast<uint16_t *>(packed) + (row / kBlockRows * k + at) / kStep * kStepWords +
-                                      tile * kTileWords;
+                const int64_t step = (row / kBlockRows * k + at) / kStep;
+                uint16_t *const out = static_cast<uint16_t *>(packed) + step * kStepWords + tile * kTileWords;
                 for (int64_t pair = 0; pair < kTile; ++pair) {
                     _mm512_store_si512(out + pair * 32, even[pair]);
                     _mm512_store_si512(out + kStepWords + pair * 32, odd[pair]);

@@ -2,9 +2,9 @@
 //
 // The sum runs over the rows of W, so W is the right operand here, which the unit wants in pairs of rows: a 32-bit lane
 // holds one column's weights of rows 2i and 2i + 1. One lookup gives both, as in linear_grad_input_amx.cpp: the first
-// row's table lies in the lower half of the register and the second row's in the upper, and the upper words of the index
-// have 16 added. The columns of a tile are the even or the odd ones of a group of 32; they are put back in order when
-// sums are written. g is the left operand, row by row.
+// row's table lies in the lower half of the register and the second row's in the upper, and the upper words of the
+// index have 16 added. The columns of a tile are the even or the odd ones of a group of 32; they are put back in order
+// when sums are written. g is the left operand, row by row.
 #include "gemm_amx.h"
 
 namespace halfbyte {
@@ -17,7 +17,8 @@ void pack(const void *grad, int64_t rows, int64_t n, void *packed, int64_t first
     const int64_t steps = round_up(n, kStep) / kStep;
     for (int64_t row = first * kBlockRows; row < last * kBlockRows; ++row) {
         uint16_t *out = static_cast<uint16_t *>(packed) +
-                        row / kBlockRows * steps * kStepWords + row % kBlockRows / kTile * kTileWords + row % kTile * 32;
+                        row / kBlockRows * steps * kStepWords + row % kBlockRows / kTile * kTileWords +
+                        row % kTile * 32;
         const uint16_t *from = static_cast<const uint16_t *>(grad) + row * n;
         for (int64_t at = 0; at < n; at += kStep, out += kStepWords) {
             const __mmask32 some = row >= rows ? 0 : n - at >= kStep ? ~0u : (1u << (n - at)) - 1;
@@ -36,7 +37,8 @@ struct Backward {
     int64_t units(const Piece &piece) const { return round_up(piece.width, kStep) / 2; }
 
     Codes codes(const Piece &piece, int64_t unit, int64_t count) const {
-        return {w.codes + ((piece.at + 2 * unit) * k + piece.first) / 2, k / 2, (piece.last - piece.first) / 2, 2 * count};
+        const int64_t first = (piece.at + 2 * unit) * k + piece.first;
+        return {w.codes + first / 2, k / 2, (piece.last - piece.first) / 2, 2 * count};
     }
 
     // Rows 2 * unit and 2 * unit + 1 of the piece; those past the end of W are zeros, as g's columns are there.
@@ -52,7 +54,8 @@ struct Backward {
             return;
         }
         const bool alone = row + 1 == n;
-        const int64_t first_block = piece.first / w.block_size, blocks = (piece.last - 1) / w.block_size - first_block + 1;
+        const int64_t first_block = piece.first / w.block_size;
+        const int64_t blocks = (piece.last - 1) / w.block_size - first_block + 1;
         float scales[2][kPanel / 32] = {};
         decode_scales(w, row * (k / w.block_size) + first_block, blocks, scales[0]);
         if (!alone) decode_scales(w, (row + 1) * (k / w.block_size) + first_block, blocks, scales[1]);
@@ -64,7 +67,8 @@ struct Backward {
         const int64_t span = std::min(w.block_size / kStep, groups);
         for (int64_t block = 0, group = 0; group < groups; ++block) {
             const __m512i tables = two_tables(values, scales[0][block], scales[1][block]);
-            for (const int64_t end = std::min(group + span, groups); group < end; ++group, a += 16, b += 16, to += stride) {
+            const int64_t end = std::min(group + span, groups);
+            for (; group < end; ++group, a += 16, b += 16, to += stride) {
                 const __m512i bytes = _mm512_or_si512(widen(a), _mm512_slli_epi32(widen(b), 16));
                 const __m512i even = _mm512_or_si512(_mm512_srli_epi16(bytes, 4), second);
                 const __m512i odd = _mm512_ternarylogic_epi64(bytes, nibble, second, 0xea);  // bytes & nibble | second
@@ -89,7 +93,8 @@ struct Backward {
 };
 
 int64_t packed_bytes(int64_t rows, int64_t n) {
-    return round_up(rows, kBlockRows) / kBlockRows * (round_up(n, kStep) / kStep) * kStepWords * int64_t(sizeof(uint16_t));
+    const int64_t steps = round_up(n, kStep) / kStep;
+    return round_up(rows, kBlockRows) / kBlockRows * steps * kStepWords * int64_t(sizeof(uint16_t));
 }
 
 void run(const hb_weight &w, int64_t n, int64_t k, const void *packed, int64_t rows, const void *, void *out,
