@@ -4,6 +4,7 @@
 // and gives them to threads. No sum ever crosses a range, so results do not depend on how many threads there are.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "halfbyte.h"
@@ -39,11 +40,31 @@ struct GradInput {
                 int64_t first, int64_t last);
 };
 
+// A product of many rows, bf16 only: out [rows, outputs] = the sum over `length` terms of an activation times a weight,
+// where (outputs, length) is (n, k) for y = x W^T and (k, n) for g W. api.cpp goes through the rows in passes, which
+// bounds the memory it takes. In each, all threads `pack` pieces of the activations into an order of the kernel's own
+// (64-byte aligned); then each calls `run` with a workspace of its own, which takes panels of outputs from `next`.
+struct Gemm {
+    int64_t most_rows;     // of a pass
+    int64_t most_outputs;  // of a panel, which is a multiple of 64, and of the block size where that is less than this
+    int64_t (*packed_size)(int64_t rows, int64_t length);
+    int64_t (*workspace_size)(int64_t rows);
+    int64_t (*pieces)(int64_t rows, int64_t length);
+    void (*pack)(const void *x, int64_t rows, int64_t length, void *packed, int64_t first, int64_t last);
+    void (*run)(const hb_weight &w, int64_t n, int64_t k, const void *packed, int64_t rows, const void *bias, void *out,
+                int64_t panel, std::atomic<int64_t> &next, void *workspace);
+};
+
+// From so many rows on a Gemm is taken, where the instruction set has one.
+constexpr int64_t kGemmRows = 33;
+
 struct Kernels {
     Dequantize dequantize;
     Quantize quantize;
     Linear linear;
     GradInput grad_input;
+    const Gemm *linear_gemm;
+    const Gemm *grad_input_gemm;
 };
 
 // The chosen instruction set's kernels.
@@ -67,6 +88,8 @@ extern const Linear linear_avx512;
 extern const Linear linear_avx512bf16;
 extern const Linear linear_amx;
 extern const GradInput grad_input_amx;
+extern const Gemm linear_gemm_amx;
+extern const Gemm grad_input_gemm_amx;
 #endif
 
 #ifdef HB_ARM64

@@ -174,6 +174,41 @@ def test_products(isa, format, dtype):
             assert (error <= bound(grad, weight.T, n, dtype)).all(), (n, k, block_size, rows)
 
 
+# (rows of W, columns, block): one output, ragged panels, chunks of the sum that are not whole, blocks of two tables.
+MANY_ROW_WEIGHTS = ((1, 64, 32), (17, 576, 64), (100, 1088, 32), (513, 640, 128), (300, 8192, 4096))
+
+
+@pytest.mark.parametrize("rows", [33, 47, 64, 129, 500, 513, 1030])
+def test_products_of_many_rows(isa, rows):
+    dtype = torch.bfloat16
+    for format, (n, k, block_size) in zip(("nf4", "fp4", "int4", "nf4", "e2m1"), MANY_ROW_WEIGHTS, strict=True):
+        q = hb.quantize(torch.randn(n, k) / k**0.5, format, block_size)
+        weight, bias = q.dequantize(torch.float32), torch.randn(n, dtype=dtype)
+        x, grad = torch.randn(rows, k, dtype=dtype), torch.randn(rows, n, dtype=dtype)
+        y = OPS.linear(*q.packed(), n, x, bias)
+        exact = x.double() @ weight.double().T + bias.double()
+        allowed = bound(x, weight, k, dtype) + torch.finfo(dtype).eps * bias.double().abs()
+        assert y.shape == (rows, n) and ((y.double() - exact).abs() <= allowed).all(), (n, k, block_size)
+        back = OPS.linear_grad_input(*q.packed(), k, grad)
+        error = (back.double() - grad.double() @ weight.double()).abs()
+        assert back.shape == (rows, k) and (error <= bound(grad, weight.T, n, dtype)).all(), (n, k, block_size)
+
+
+@pytest.mark.parametrize("rows", [33, 129, 1030])
+def test_many_rows_repeat_bit_for_bit_on_any_number_of_threads(two_threads, rows):
+    if NATIVE.isa != "amx":
+        pytest.skip("only AMX has a GEMM of halfbyte's own; torch's makes no such promise")
+    for n, k, block_size in MANY_ROW_WEIGHTS:
+        q = hb.quantize(torch.randn(n, k) / k**0.5, "nf4", block_size)
+        x, grad = torch.randn(rows, k).bfloat16(), torch.randn(rows, n).bfloat16()
+        results = []
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            results.append((OPS.linear(*q.packed(), n, x, None), OPS.linear_grad_input(*q.packed(), k, grad)))
+        for y, back in results[1:]:
+            assert torch.equal(y, results[0][0]) and torch.equal(back, results[0][1]), (n, k)
+
+
 def test_shapes_of_x(isa):
     q = hb.quantize(torch.randn(40, 128))
     strided = torch.randn(128, 6).t()

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_ANY = 1 << 62  # rows: this set has a GEMM of its own for bf16, and torch's never takes over
+
 
 @dataclass(frozen=True)
 class Tuning:
-    """Where the few-row kernels of one instruction set hand over to torch's GEMM, and how it is fed.
+    """Where the kernels of one instruction set hand over to torch's GEMM, and how it is fed.
 
     Attributes:
         linear_rows: rows of x up to which `linear` runs its own kernel.
@@ -39,5 +41,5 @@ TUNING: dict[str, Tuning] = {
     "neonbf16": Tuning(linear_rows=16, linear_rows_float=8, grad_rows=8, grad_rows_float=8, panel_bytes=1 << 23),
     "avx512": Tuning(linear_rows=8, linear_rows_float=16, grad_rows=8, grad_rows_float=16, panel_bytes=1 << 23),
     "avx512bf16": Tuning(linear_rows=16, linear_rows_float=16, grad_rows=8, grad_rows_float=16, panel_bytes=1 << 23),
-    "amx": Tuning(linear_rows=384, linear_rows_float=16, grad_rows=384, grad_rows_float=16, panel_bytes=1 << 23),
+    "amx": Tuning(linear_rows=_ANY, linear_rows_float=16, grad_rows=_ANY, grad_rows_float=16, panel_bytes=1 << 23),
 }

@@ -5,7 +5,8 @@ before it hands out a pointer, that the tensor is on the CPU, has the dtype and 
 touch, is contiguous and aligned; what does not fit raises, in the words of the request.
 
 What the library does not cover runs on the reference, on purpose: float64 (gradient checks), empty tensors. Products
-whose rows are not whole blocks, or of 8-bit codes, go panel by panel through torch's GEMM like products of many rows.
+whose rows are not whole blocks, or of 8-bit codes, go panel by panel through torch's GEMM, and so do products of many
+rows where the library has no GEMM of its own (it has one for bfloat16 on AMX).
 
 Speed of the calls themselves matters, since a one-row product takes 0.2 ms: no tensor is created that is not returned,
 pointers are passed as integers.
