@@ -17,28 +17,34 @@
 
 namespace halfbyte {
 
-extern const Linear linear_avx512bf16;
 
 namespace {
 
 constexpr int64_t kGroup = 64;                   // columns whose even and odd halves make two tiles
 constexpr int64_t kBlockRows = 2 * kTile;        // rows of W, and of x, that four sums cover
 constexpr int64_t kChunk = 512;                  // columns decoded at a time
-constexpr int64_t kVectorRows = 2;               // up to here the vector kernel reads less than the tiles do
+constexpr int64_t kVectorRows = 2;               // up to here the vector kernel is faster, and one of few rows
+constexpr int64_t kFewRows = 16;                 // up to here linear_few_amx
 
-bool on_vectors(int64_t rows, int dtype) { return dtype != HB_BFLOAT16 || rows <= kVectorRows; }
+// The kernel for rows that are too few for this one, or null.
+const Linear *other(int64_t rows, int dtype) {
+    if (dtype != HB_BFLOAT16 || rows <= kVectorRows) return &linear_avx512bf16;
+    return rows <= kFewRows ? &linear_few_amx : nullptr;
+}
 
 // x is cut into blocks of one or two tiles: up to 16 rows do not pay for 32.
 int64_t block_tiles(int64_t rows) { return rows <= kTile ? 1 : 2; }
 int64_t x_blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
-int64_t scratch_bytes(int64_t rows, int64_t k) {
-    return std::max(linear_avx512bf16.scratch_size(rows, k), x_blocks(rows) * block_tiles(rows) * kTile * k * 2);
+int64_t scratch_bytes(const hb_weight &w, int64_t rows, int64_t k) {
+    // The type of x is not known here: room for the float32 kernel's copy, which needs the most.
+    const int64_t few = rows <= kFewRows ? linear_few_amx.scratch_size(w, rows, k) : 0;
+    return std::max({few, linear_avx512bf16.scratch_size(w, rows, k), x_blocks(rows) * block_tiles(rows) * kTile * k * 2});
 }
 
 // x -> [block][group of 64 columns][tile of 16 rows][even, odd][16 pairs][16 rows][2].
-void prepare(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
-    if (on_vectors(rows, dtype)) return linear_avx512bf16.prepare(x, dtype, rows, k, scratch);
+void prepare(const hb_weight &w, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
+    if (const Linear *kernel = other(rows, dtype)) return kernel->prepare(w, x, dtype, rows, k, scratch);
     alignas(64) uint16_t order[64];
     for (int i = 0; i < 64; ++i) order[i] = uint16_t(i < 32 ? 2 * i : 2 * (i - 32) + 1);
     const __m512i evens = _mm512_load_si512(order), odds = _mm512_load_si512(order + 32);
@@ -175,8 +181,8 @@ bool run_blocks(const hb_weight &w, int64_t n, int64_t k, const uint16_t *x, int
 
 bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t rows, int dtype, const void *bias,
          void *out, int64_t first, int64_t last) {
-    if (on_vectors(rows, dtype)) {
-        return linear_avx512bf16.run(w, n, k, scratch, rows, dtype, bias, out, first, last);
+    if (const Linear *kernel = other(rows, dtype)) {
+        return kernel->run(w, n, k, scratch, rows, dtype, bias, out, first, last);
     }
     const TileConfig config;
     _tile_loadconfig(&config);

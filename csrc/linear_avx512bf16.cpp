@@ -104,11 +104,15 @@ struct Kernel {
 
 using Whole = Kernel<false>;
 
-// Activations of other types go to the float32 kernel, whose scratch needs more room.
-int64_t scratch_bytes(int64_t rows, int64_t k) { return linear_avx512.scratch_size(rows, k); }
+// Few rows, and activations of other types, go to the float32 kernel, whose scratch needs more room.
+constexpr int64_t kFloatRows = 8;
 
-void prepare(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
-    if (dtype != HB_BFLOAT16) return linear_avx512.prepare(x, dtype, rows, k, scratch);
+bool on_floats(int64_t rows, int dtype) { return dtype != HB_BFLOAT16 || rows <= kFloatRows; }
+
+int64_t scratch_bytes(const hb_weight &w, int64_t rows, int64_t k) { return linear_avx512.scratch_size(w, rows, k); }
+
+void prepare(const hb_weight &w, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
+    if (on_floats(rows, dtype)) return linear_avx512.prepare(w, x, dtype, rows, k, scratch);
     const int64_t padded = padded_rows(rows);
     alignas(64) uint16_t order[64];
     for (int i = 0; i < 64; ++i) order[i] = uint16_t(i < 32 ? 2 * i : 2 * (i - 32) + 1);
@@ -129,7 +133,7 @@ void prepare(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
 
 bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t rows, int dtype, const void *bias,
          void *out, int64_t first, int64_t last) {
-    const auto product = dtype != HB_BFLOAT16 ? linear_avx512.run
+    const auto product = on_floats(rows, dtype) ? linear_avx512.run
                          : w.block_size == 32 ? run_tiles<Kernel<true>>
                                               : run_tiles<Whole>;
     return product(w, n, k, scratch, rows, dtype, bias, out, first, last);
