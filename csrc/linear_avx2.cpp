@@ -5,7 +5,8 @@
 // together: 12 instructions for 32 weights where there were 20. The even columns are the high nibbles, the odd ones the
 // low; x is laid out once a call to match, as groups of 64 columns.
 //
-// The tables hold the bare values; the sums of 64 columns, or the weights, are multiplied by their blocks' scales. Weaving keeps to halves of 128 bits, and so the halves are the two blocks where blocks are of 32.
+// The tables hold the bare values; the sums of 64 columns, or the weights, are multiplied by their blocks' scales. Weaving
+// keeps to halves of 128 bits, and so the halves are the two blocks where blocks are of 32.
 #include <immintrin.h>
 
 #include "tiles.h"

@@ -2,13 +2,13 @@
 //
 // What a product of few rows costs is decoding W, so a weight of 4 bits costs one lookup of 32 and one store:
 //
-// - Codes are not widened. 64 bytes of codes, 128 weights, are 32 words of four codes; vpermw reads the lowest 5 bits of
-//   a word, and its table holds the 16 values twice. So four lookups at shifts of 0, 4, 8 and 12 decode them all, and
-//   lookup `place` holds columns 4 j + (1, 0, 3, 2)[place] in lane j. Shifts are multiplications, because a shift waits
-//   for vpermw's port.
-// - The table holds the bare values. A tile of sums has a column for each row of x *and block*: x is laid out with zeros
-//   outside of the block that a column stands for, so that 16 rows of W times 2 blocks of 8 rows of x are summed side by
-//   side. The scales are applied to the sums, one multiply-add for 16 of them.
+// - Codes are not widened. 64 bytes of codes, 128 weights, are 32 words of four codes; vpermw reads the lowest 5 bits
+//   of a word, and its table holds the 16 values twice. So four lookups at shifts of 0, 4, 8 and 12 decode them all,
+//   and lookup `place` holds columns 4 j + (place ^ 1) in lane j. Shifts are multiplications, because a shift waits for
+//   vpermw's port.
+// - The table holds the bare values. A tile of sums has a column for each row of x *and block*: x is laid out with
+//   zeros outside of the block that a column stands for, so that 16 rows of W times 2 blocks of 8 rows of x are summed
+//   side by side. The scales are applied to the sums, one multiply-add for 16 of them.
 //
 // Decoding a step of 128 columns is interleaved with the products of the step before: a tile load that follows the
 // stores of its tile waits for each of them.
