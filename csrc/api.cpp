@@ -135,14 +135,14 @@ int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, const void 
         return multiply(threads, *gemm, w, n, k, x, rows, n, k, bias, out);
     }
     const halfbyte::Linear &linear = kernels().linear;
-    const Scratch scratch(linear.scratch_size(std::min(rows, halfbyte::kPassRows), k));
+    const Scratch scratch(linear.scratch_size(*w, std::min(rows, halfbyte::kPassRows), k));
     if (!scratch.data()) return 1;
     const int64_t size = element_size(dtype);
     std::atomic<int> failed{0};
     for (int64_t row = 0; row < rows; row += halfbyte::kPassRows) {
         const int64_t some = std::min(halfbyte::kPassRows, rows - row);
         char *const target = static_cast<char *>(out) + row * n * size;
-        linear.prepare(static_cast<const char *>(x) + row * k * size, dtype, some, k, scratch.data());
+        linear.prepare(*w, static_cast<const char *>(x) + row * k * size, dtype, some, k, scratch.data());
         parallel_for(threads, n, kLinearRows, [&](int64_t first, int64_t last) {
             if (!linear.run(*w, n, k, scratch.data(), some, dtype, bias, target, first, last)) failed = 1;
         });

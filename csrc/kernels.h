@@ -15,12 +15,13 @@ using Dequantize = void (*)(const hb_weight &w, int64_t first, int64_t count, in
 using Quantize = void (*)(const void *w, int dtype, int64_t count, int64_t format, int64_t block_size, uint8_t *codes,
                           float *scales);
 
-// A few-row product. Each kernel wants x in an order of its own: `prepare` writes it to `scratch` (64-byte aligned,
+// A few-row product. Each kernel wants x in an order of its own, which may depend on the weight's format and blocks and
+// on nothing else of it: `prepare` writes it to `scratch` (64-byte aligned,
 // `scratch_size` bytes) once a call, `run` computes out[:, first .. last) from it and returns false
 // when there was no memory.
 struct Linear {
-    int64_t (*scratch_size)(int64_t rows, int64_t k);
-    void (*prepare)(const void *x, int dtype, int64_t rows, int64_t k, void *scratch);
+    int64_t (*scratch_size)(const hb_weight &w, int64_t rows, int64_t k);
+    void (*prepare)(const hb_weight &w, const void *x, int dtype, int64_t rows, int64_t k, void *scratch);
     bool (*run)(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t rows, int dtype,
                 const void *bias, void *out, int64_t first, int64_t last);
 };
@@ -86,6 +87,7 @@ void quantize_avx512(const void *, int, int64_t, int64_t, int64_t, uint8_t *, fl
 extern const GradInput grad_input_avx512;
 extern const Linear linear_avx512;
 extern const Linear linear_avx512bf16;
+extern const Linear linear_few_amx;
 extern const Linear linear_amx;
 extern const GradInput grad_input_amx;
 extern const Gemm linear_gemm_amx;

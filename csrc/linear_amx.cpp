@@ -1,7 +1,6 @@
 // Products with AMX: tiles of 16 x 32 bf16 weights, decoded into the first-level cache and multiplied by the matrix unit.
 //
-// A tile multiplication does 8192 multiply-adds where vdpbf16ps does 32, so from three rows of x on the price of a
-// product is that of decoding W once, and the same kernel serves every number of rows above.
+// For more than 16 rows of x; fewer go to linear_few_amx.cpp and to the vector kernels.
 //
 // W is the left operand, decoded row by row; x^T is the right one, laid out once a call as the unit wants it (pairs of
 // columns side by side). Weights are not put back into order: a group of 64 columns becomes a tile of its even and one
@@ -17,37 +16,42 @@
 
 namespace halfbyte {
 
-extern const Linear linear_avx512bf16;
 
 namespace {
 
 constexpr int64_t kGroup = 64;                   // columns whose even and odd halves make two tiles
 constexpr int64_t kBlockRows = 2 * kTile;        // rows of W, and of x, that four sums cover
 constexpr int64_t kChunk = 512;                  // columns decoded at a time
-constexpr int64_t kVectorRows = 2;               // up to here the vector kernel reads less than the tiles do
+constexpr int64_t kVectorRows = 2;               // up to here the vector kernel is faster
+constexpr int64_t kFewRows = 16;                 // up to here linear_few_amx
 
-bool on_vectors(int64_t rows, int dtype) { return dtype != HB_BFLOAT16 || rows <= kVectorRows; }
+// The kernel for rows that are too few for this one, or null.
+const Linear *other(int64_t rows, int dtype) {
+    if (dtype != HB_BFLOAT16 || rows <= kVectorRows) return &linear_avx512bf16;
+    return rows <= kFewRows ? &linear_few_amx : nullptr;
+}
 
-// x is cut into blocks of one or two tiles: up to 16 rows do not pay for 32.
-int64_t block_tiles(int64_t rows) { return rows <= kTile ? 1 : 2; }
 int64_t x_blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
-int64_t scratch_bytes(int64_t rows, int64_t k) {
-    return std::max(linear_avx512bf16.scratch_size(rows, k), x_blocks(rows) * block_tiles(rows) * kTile * k * 2);
+int64_t scratch_bytes(const hb_weight &w, int64_t rows, int64_t k) {
+    // The type of x is not known here: room for the float32 kernel's copy, which needs the most.
+    const int64_t few = rows <= kFewRows ? linear_few_amx.scratch_size(w, rows, k) : 0;
+    const int64_t many = x_blocks(rows) * kBlockRows * k * 2;
+    return std::max({few, linear_avx512bf16.scratch_size(w, rows, k), many});
 }
 
 // x -> [block][group of 64 columns][tile of 16 rows][even, odd][16 pairs][16 rows][2].
-void prepare(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
-    if (on_vectors(rows, dtype)) return linear_avx512bf16.prepare(x, dtype, rows, k, scratch);
+void prepare(const hb_weight &w, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
+    if (const Linear *kernel = other(rows, dtype)) return kernel->prepare(w, x, dtype, rows, k, scratch);
     alignas(64) uint16_t order[64];
     for (int i = 0; i < 64; ++i) order[i] = uint16_t(i < 32 ? 2 * i : 2 * (i - 32) + 1);
     const __m512i evens = _mm512_load_si512(order), odds = _mm512_load_si512(order + 32);
     const __m512i pairs = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                              _mm512_set1_epi32(int(kRowBytes)));
-    const int64_t block_rows = block_tiles(rows) * kTile, step = block_rows * kGroup;
-    for (int64_t row = 0; row < x_blocks(rows) * block_rows; ++row) {
-        uint16_t *out = static_cast<uint16_t *>(scratch) + row / block_rows * block_rows * k +
-                        row % block_rows / kTile * 2 * kTileWords + row % kTile * 2;
+    const int64_t step = kBlockRows * kGroup;
+    for (int64_t row = 0; row < x_blocks(rows) * kBlockRows; ++row) {
+        uint16_t *out = static_cast<uint16_t *>(scratch) + row / kBlockRows * kBlockRows * k +
+                        row % kBlockRows / kTile * 2 * kTileWords + row % kTile * 2;
         for (int64_t at = 0; at < k; at += kGroup, out += step) {
             __m512i a = _mm512_setzero_si512(), b = a;
             if (row < rows) {
@@ -83,32 +87,27 @@ inline void decode_row(__m512 values, const uint8_t *codes, const float *scales,
 }
 
 // sums += W's tiles times x's tiles, over `groups` groups. Four sums are independent, which the unit's pipeline needs:
-// [tile of x][tile of W], or, with one tile of x, [even, odd][tile of W], to be added in the end.
-template <int XTiles>
+// [tile of x][tile of W].
 inline void multiply(const uint16_t *tiles, const uint16_t *x, int64_t groups, float *sums) {
     _tile_loadd(0, sums, kRowBytes);
     _tile_loadd(1, sums + kSum, kRowBytes);
     _tile_loadd(2, sums + 2 * kSum, kRowBytes);
     _tile_loadd(3, sums + 3 * kSum, kRowBytes);
-    for (int64_t group = 0; group < groups; ++group, tiles += 4 * kTileWords, x += 2 * XTiles * kTileWords) {
+    for (int64_t group = 0; group < groups; ++group, tiles += 4 * kTileWords, x += 4 * kTileWords) {
         _tile_loadd(4, tiles, kRowBytes);
         _tile_loadd(5, tiles + 2 * kTileWords, kRowBytes);
         _tile_loadd(6, x, kRowBytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
-        if (XTiles == 2) {
-            _tile_loadd(7, x + 2 * kTileWords, kRowBytes);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        _tile_loadd(7, x + 2 * kTileWords, kRowBytes);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
         _tile_loadd(4, tiles + kTileWords, kRowBytes);
         _tile_loadd(5, tiles + 3 * kTileWords, kRowBytes);
-        _tile_loadd(7, x + (2 * XTiles - 1) * kTileWords, kRowBytes);
-        if (XTiles == 2) {
-            _tile_loadd(6, x + kTileWords, kRowBytes);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
-        }
+        _tile_loadd(6, x + kTileWords, kRowBytes);
+        _tile_loadd(7, x + 3 * kTileWords, kRowBytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
         _tile_dpbf16ps(2, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
     }
@@ -136,10 +135,9 @@ inline void write_tile(const float *sums, int64_t n, int64_t row, int64_t rows, 
     }
 }
 
-template <int XTiles>
 bool run_blocks(const hb_weight &w, int64_t n, int64_t k, const uint16_t *x, int64_t rows, const uint16_t *bias,
                 uint16_t *out, int64_t first, int64_t last) {
-    constexpr int64_t kSums = 4 * kSum, kXRows = XTiles * kTile;
+    constexpr int64_t kSums = 4 * kSum;
     alignas(64) uint16_t tiles[kBlockRows * kChunk];
     const __m512 values = _mm512_load_ps(kCodebooks[w.format].values);
     const auto decode = w.block_size < kGroup ? decode_row<true> : decode_row<false>;
@@ -160,13 +158,10 @@ bool run_blocks(const hb_weight &w, int64_t n, int64_t k, const uint16_t *x, int
                        tiles + r / kTile * 2 * kTileWords + r % kTile * 32);
             }
             for (int64_t b = 0; b < x_count; ++b) {
-                multiply<XTiles>(tiles, x + (b * k + at) * kXRows, width / kGroup, sums + b * kSums);
+                multiply(tiles, x + (b * k + at) * kBlockRows, width / kGroup, sums + b * kSums);
             }
         }
-        if (XTiles == 1) {
-            for (int64_t i = 0; i < 2 * kSum; ++i) sums[i] += sums[2 * kSum + i];
-        }
-        for (int64_t tile = 0; tile < 2 * XTiles * x_count; ++tile) {
+        for (int64_t tile = 0; tile < 4 * x_count; ++tile) {
             write_tile(sums + tile * kSum, n, tile / 2 * kTile, rows, column + tile % 2 * kTile, last, bias, out);
         }
     }
@@ -175,14 +170,13 @@ bool run_blocks(const hb_weight &w, int64_t n, int64_t k, const uint16_t *x, int
 
 bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t rows, int dtype, const void *bias,
          void *out, int64_t first, int64_t last) {
-    if (on_vectors(rows, dtype)) {
-        return linear_avx512bf16.run(w, n, k, scratch, rows, dtype, bias, out, first, last);
+    if (const Linear *kernel = other(rows, dtype)) {
+        return kernel->run(w, n, k, scratch, rows, dtype, bias, out, first, last);
     }
     const TileConfig config;
     _tile_loadconfig(&config);
-    const auto blocks = block_tiles(rows) == 1 ? run_blocks<1> : run_blocks<2>;
-    const bool done = blocks(w, n, k, static_cast<const uint16_t *>(scratch), rows,
-                             static_cast<const uint16_t *>(bias), static_cast<uint16_t *>(out), first, last);
+    const bool done = run_blocks(w, n, k, static_cast<const uint16_t *>(scratch), rows,
+                                 static_cast<const uint16_t *>(bias), static_cast<uint16_t *>(out), first, last);
     _tile_release();
     return done;
 }

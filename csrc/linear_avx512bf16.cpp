@@ -4,13 +4,12 @@
 // nibbles (odd columns) as they are, because vpermw reads 5 bits and the table of 16 values is stored twice. x is laid
 // out once a call as groups of 64 columns, the 32 even ones first.
 //
-// Where the scale goes depends on the rows of x. One or two rows: the table holds the bare values, the products of a
-// block are summed from zero and the sum is scaled, one instruction more a block and row. More rows: the table is scaled
-// and rounded to bf16 once a block, which makes the weights those of the reference, and costs nothing for each row.
-// Either way a weight is rounded to bf16 once. (vcvtneps2bf16 and vdpbf16ps take subnormals for zero: an error below
+// The table is scaled and rounded to bf16 once a block, which makes the weights those of the reference, and costs
+// nothing for each row of x: this is the kernel of more than 8 rows. On a CPU with AMX vdpbf16ps has half the rate of
+// float32 multiply-adds, so fewer rows, which only pay for decoding, go to linear_avx512.cpp. (vcvtneps2bf16 and vdpbf16ps take subnormals for zero: an error below
 // 2**-126 for each product.)
 //
-// Blocks of 32 share a register by twos: its two halves have tables, or scales, of their own.
+// Blocks of 32 share a register by twos: its two halves have tables of their own.
 #include <immintrin.h>
 
 #include "tiles.h"
@@ -44,10 +43,8 @@ struct Kernel {
     template <int R, int M>
     static void tile(const hb_weight &w, int64_t k, int64_t column, const uint16_t *x, int64_t stride,
                      float (&sums)[R][M]) {
-        constexpr bool kScaledTable = M > 2;
         constexpr int64_t kBlocks = Halves ? 2 : 1;  // blocks that the step below takes at once
         const __m512 values = _mm512_load_ps(kCodebooks[w.format].values);
-        const __m512i bare = full_table(values, 1.0f);
         const int64_t blocks = k / w.block_size, groups = Halves ? 1 : w.block_size / kGroup;
         float scales[R][kScales];
         __m512 total[R][M];
@@ -59,23 +56,13 @@ struct Kernel {
             }
             const int64_t at = block % kScales;
             __m512i table[R];
-            __m512 part[R][M];
             for (int r = 0; r < R; ++r) {
-                table[r] = !kScaledTable ? bare
-                           : Halves      ? half_table(values, scales[r][at], scales[r][at + 1])
-                                         : full_table(values, scales[r][at]);
-                if (!kScaledTable) std::fill(part[r], part[r] + M, _mm512_setzero_ps());
+                table[r] = Halves ? half_table(values, scales[r][at], scales[r][at + 1])
+                                  : full_table(values, scales[r][at]);
             }
-            auto &target = kScaledTable ? total : part;
             const uint8_t *codes = w.codes + (column * k + block * w.block_size) / 2;
             for (int64_t group = 0; group < groups; ++group, codes += kGroup / 2, x += stride) {
-                for (int r = 0; r < R; ++r) multiply_group<M>(codes + r * k / 2, table[r], x, target[r]);
-            }
-            if (kScaledTable) continue;
-            for (int r = 0; r < R; ++r) {
-                __m512 scale = _mm512_set1_ps(scales[r][at]);
-                if (Halves) scale = _mm512_mask_mov_ps(scale, 0xff00, _mm512_set1_ps(scales[r][at + 1]));
-                for (int m = 0; m < M; ++m) total[r][m] = _mm512_fmadd_ps(part[r][m], scale, total[r][m]);
+                for (int r = 0; r < R; ++r) multiply_group<M>(codes + r * k / 2, table[r], x, total[r]);
             }
         }
         for (int r = 0; r < R; ++r) {
@@ -88,7 +75,7 @@ struct Kernel {
     static void multiply_group(const uint8_t *codes, __m512i table, const uint16_t *x, __m512 (&sums)[M]) {
         const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes)));
         __m512i high_index = _mm512_srli_epi16(bytes, 4), low_index = bytes;
-        if (Halves && M > 2) {  // the upper half's weights look into the upper half's table
+        if (Halves) {  // the upper half's weights look into the upper half's table
             const __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
             high_index = _mm512_or_si512(high_index, upper);
             low_index = _mm512_or_si512(_mm512_and_si512(bytes, _mm512_set1_epi16(15)), upper);
@@ -104,11 +91,15 @@ struct Kernel {
 
 using Whole = Kernel<false>;
 
-// Activations of other types go to the float32 kernel, whose scratch needs more room.
-int64_t scratch_bytes(int64_t rows, int64_t k) { return linear_avx512.scratch_size(rows, k); }
+// Few rows, and activations of other types, go to the float32 kernel, whose scratch needs more room.
+constexpr int64_t kFloatRows = 8;
 
-void prepare(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
-    if (dtype != HB_BFLOAT16) return linear_avx512.prepare(x, dtype, rows, k, scratch);
+bool on_floats(int64_t rows, int dtype) { return dtype != HB_BFLOAT16 || rows <= kFloatRows; }
+
+int64_t scratch_bytes(const hb_weight &w, int64_t rows, int64_t k) { return linear_avx512.scratch_size(w, rows, k); }
+
+void prepare(const hb_weight &w, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
+    if (on_floats(rows, dtype)) return linear_avx512.prepare(w, x, dtype, rows, k, scratch);
     const int64_t padded = padded_rows(rows);
     alignas(64) uint16_t order[64];
     for (int i = 0; i < 64; ++i) order[i] = uint16_t(i < 32 ? 2 * i : 2 * (i - 32) + 1);
@@ -129,7 +120,7 @@ void prepare(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
 
 bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t rows, int dtype, const void *bias,
          void *out, int64_t first, int64_t last) {
-    const auto product = dtype != HB_BFLOAT16 ? linear_avx512.run
+    const auto product = on_floats(rows, dtype) ? linear_avx512.run
                          : w.block_size == 32 ? run_tiles<Kernel<true>>
                                               : run_tiles<Whole>;
     return product(w, n, k, scratch, rows, dtype, bias, out, first, last);

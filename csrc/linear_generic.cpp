@@ -8,9 +8,9 @@
 namespace halfbyte {
 namespace {
 
-int64_t scratch_size(int64_t rows, int64_t k) { return rows * k * int64_t(sizeof(float)); }
+int64_t scratch_size(const hb_weight &, int64_t rows, int64_t k) { return rows * k * int64_t(sizeof(float)); }
 
-void prepare(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
+void prepare(const hb_weight &, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
     float *const out = static_cast<float *>(scratch);
     for (int64_t i = 0; i < rows * k; ++i) out[i] = load(x, dtype, i);
 }

@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "halfbyte.h"
 #include "tables.h"
 
@@ -76,6 +80,21 @@ inline void decode_scales(const hb_weight &w, int64_t block, int64_t count, floa
         const int64_t stop = std::min(end, (at / kScaleBlock + 1) * kScaleBlock);
         const float absmax = w.scale_absmax[at / kScaleBlock];
         if (w.scale_bits == 8) {
+#ifdef __AVX512F__
+            for (; at + 16 <= stop; at += 16, out += 16) {
+                const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + at));
+                const __m512 values = _mm512_i32gather_ps(_mm512_cvtepu8_epi32(sixteen), kScaleTable8, 4);
+                const __m512 scaled = _mm512_mul_ps(values, _mm512_set1_ps(absmax));
+                _mm512_storeu_ps(out, _mm512_add_ps(scaled, _mm512_set1_ps(offset)));
+            }
+#elif defined(__AVX2__)
+            for (; at + 8 <= stop; at += 8, out += 8) {
+                const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(codes + at));
+                const __m256 values = _mm256_i32gather_ps(kScaleTable8, _mm256_cvtepu8_epi32(eight), 4);
+                const __m256 scaled = _mm256_mul_ps(values, _mm256_set1_ps(absmax));
+                _mm256_storeu_ps(out, _mm256_add_ps(scaled, _mm256_set1_ps(offset)));
+            }
+#endif
             for (; at < stop; ++at) *out++ = kScaleTable8[codes[at]] * absmax + offset;
         } else if (w.scale_bits == 4) {
             for (; at < stop; ++at) *out++ = kScaleTable4[codes[at / 2] >> (at & 1 ? 0 : 4) & 15] * absmax + offset;

@@ -56,8 +56,9 @@ inline bool run_tiles(const hb_weight &w, int64_t n, int64_t k, const void *scra
 }
 
 template <class Kernel>
-inline int64_t scratch_size(int64_t rows, int64_t k) {
-    return padded_rows(rows) * k * int64_t(sizeof(typename Kernel::Element));
+inline int64_t scratch_size(const hb_weight &, int64_t rows, int64_t k) {
+    const int64_t groups = (k + Kernel::kGroup - 1) / Kernel::kGroup;
+    return padded_rows(rows) * groups * Kernel::kGroup * int64_t(sizeof(typename Kernel::Element));
 }
 
 }  // namespace

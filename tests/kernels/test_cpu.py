@@ -209,6 +209,33 @@ def test_many_rows_repeat_bit_for_bit_on_any_number_of_threads(two_threads, rows
             assert torch.equal(y, results[0][0]) and torch.equal(back, results[0][1]), (n, k)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
+def test_every_number_of_few_rows(isa, dtype, block_size):
+    """Rows change how a kernel shares its registers among rows and blocks; the columns end inside its steps."""
+    n, k = 35, 4096 if block_size == 4096 else block_size * (3 if block_size > 32 else 10)
+    q = hb.quantize(torch.randn(n, k) / k**0.5, "int4", block_size)
+    weight = q.dequantize(torch.float32)
+    x = torch.randn(33, k, dtype=dtype)
+    exact, allowed = x.double() @ weight.double().T, bound(x, weight, k, dtype)
+    for rows in range(1, 34):
+        y = OPS.linear(*q.packed(), n, x[:rows], None)
+        assert ((y.double() - exact[:rows]).abs() <= allowed[:rows]).all(), rows
+
+
+def test_rows_and_blocks_do_not_mix(isa):
+    """An infinity stays in its row, and a block that is not a number in the rows of W that hold it."""
+    q = hb.quantize(torch.randn(40, 448), "nf4", 64, None)
+    q.packed().scales[7 * 20 + 3] = torch.nan
+    for rows in (1, 2, 4, 7, 16):
+        x = torch.randn(rows, 448).bfloat16()
+        x[rows - 1, 100] = torch.inf
+        y = OPS.linear(*q.packed(), 40, x, None)
+        expected = torch.zeros(rows, 40, dtype=torch.bool)
+        expected[:, 20] = expected[rows - 1] = True
+        assert torch.equal(~y.isfinite(), expected), rows
+
+
 def test_shapes_of_x(isa):
     q = hb.quantize(torch.randn(40, 128))
     strided = torch.randn(128, 6).t()
