@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch  # at the top as in transformers: the compiler writes `torch.cat(...)` differently where it is not
+
 
 def rms_norm(self: Any, hidden_states: Any) -> Any:
     """LlamaRMSNorm.forward."""
