@@ -8,9 +8,10 @@
 | rotary | the rotation of queries and keys | `nn.rotary` |
 
 A module is covered when its class's forward is the very code that the operation stands for (`plain_forwards.py`); the
-model classes stay as they are, since only `forward` of this model's instances is replaced. Whatever a single call asks
-for that an operation does not do (a weight that is trained, a tensor on another device, mixed dtypes) runs in the
-class's own forward.
+model classes stay as they are, since only `forward` of this model's instances is replaced. They differ from the class's
+own forward by rounding, which they do once where that does it at each step, so they run in training mode only: a model
+in eval mode gives transformers' numbers to the bit. Whatever a single call asks for that an operation does not do (a
+weight that is trained, a tensor on another device, mixed dtypes) runs in the class's own forward too.
 """
 
 from __future__ import annotations
@@ -90,26 +91,32 @@ def _is_silu(activation: Any) -> bool:
 
 def _norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = self.weight
-    if weight.requires_grad or weight.dtype != hidden_states.dtype or not hidden_states.is_cpu:
-        result: torch.Tensor = type(self).forward(self, hidden_states)
-        return result
-    return operations.rms_norm(hidden_states, weight, self.variance_epsilon)
+    fits = weight.dtype == hidden_states.dtype and hidden_states.is_cpu
+    if self.training and fits and not weight.requires_grad:
+        return operations.rms_norm(hidden_states, weight, self.variance_epsilon)
+    result: torch.Tensor = type(self).forward(self, hidden_states)
+    return result
 
 
 def _mlp_forward(self: Any, x: torch.Tensor) -> Any:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    if gate.is_cpu and gate.dtype == up.dtype:
+    if self.training and gate.is_cpu and gate.dtype == up.dtype:
         return self.down_proj(operations.swiglu(gate, up))
     return self.down_proj(self.act_fn(gate) * up)
 
 
 def _with_rotary(plain: Any) -> Any:
-    """An attention's forward that finds `_rotate` under the name of transformers' function."""
+    """An attention's forward that in training finds `_rotate` under the name of transformers' function."""
     own = _rotate(plain.__globals__["apply_rotary_pos_emb"])
     names = {**plain.__globals__, "apply_rotary_pos_emb": own}
-    forward = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
-    forward.__kwdefaults__ = plain.__kwdefaults__
-    return functools.wraps(plain)(forward)
+    rotating = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
+    rotating.__kwdefaults__ = plain.__kwdefaults__
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (rotating if self.training else plain)(self, *args, **kwargs)
+
+    return forward
 
 
 def _rotate(plain: Any) -> Any:
