@@ -54,7 +54,11 @@ def test_rms_norm(op, n, dtype):
     assert rstd.shape == (3, 5)
     got = op("rms_norm_grad")(grad, x, weight, rstd)
     size = (rstd[..., None] * (grad * weight).float()).abs()
-    along = rstd.double() ** 3 * (grad.double() * weight.double() * wide).detach().abs().mean(-1) * x.double().abs().amax(-1)
+    along = (
+        rstd.double() ** 3
+        * (grad.double() * weight.double() * wide).detach().abs().mean(-1)
+        * x.double().abs().amax(-1)
+    )
     close(got, exact_grad, dtype, size.max().item() + along.max().item(), terms=n**0.5)
 
 

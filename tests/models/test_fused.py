@@ -27,7 +27,6 @@ def make_model(folder_of):
     return make
 
 
-
 def loss_and_gradients(model, ids, **kwargs):
     """With trained input embeddings, so that the gradient goes through every layer."""
     model.zero_grad()

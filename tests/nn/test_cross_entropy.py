@@ -36,10 +36,12 @@ def exact(hidden, weight, bias, labels, divisor):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", EPS)
 def test_loss_and_gradients_are_torchs(shape, dtype):
-    """A logit is a sum of `width` products, rounded once: wrong by at most d = eps (width + 2) (|h| |w| + |b|).
+    """Products are summed in float32 (or wider) and rounded once, so a logit is wrong by at most
+    d = (eps + (width + 2) u) m, where u is the resolution of the sums and m = |h| |w| + |b|.
 
-    A loss moves by at most twice its largest logit's error, and softmax by a factor e^(2 d). The gradient is then rounded
-    to the dtype (eps of itself) and goes through one more product of `vocabulary` or `rows` terms.
+    A loss moves by at most twice its largest logit's error, and a share of softmax by a factor of at most e^(2 d). Its
+    gradient is rounded to the dtype, goes through one more product of `vocabulary` or `rows` terms, and is rounded
+    again there and when the divisor is applied.
     """
     rows, width, vocabulary = shape
     hidden, weight, bias, labels = make(*shape, dtype)
@@ -48,14 +50,14 @@ def test_loss_and_gradients_are_torchs(shape, dtype):
     gradients = torch.autograd.grad(loss, (hidden, weight, bias))
     wanted, wanted_gradients, _ = exact(hidden, weight, bias, labels, count)
     magnitude = (hidden.detach().abs().double() @ weight.detach().abs().double().t() + bias.detach().abs()).max().item()
-    wide = max(EPS[dtype], 2.0**-24) if dtype == torch.bfloat16 else max(EPS[dtype], 2.0**-53)
-    logit_error = (EPS[dtype] + (width + 2) * min(wide, 2.0**-24)) * magnitude
+    sums = min(EPS[dtype], 2.0**-24)
+    logit_error = (EPS[dtype] + (width + 2) * sums) * magnitude
     # float32: the exponential is good to 2 units in the last place, its sum to another few.
     own = 8 * 2.0**-24
     assert loss.dtype == torch.float32
     assert abs(loss.item() - wanted.item()) <= 2 * logit_error + own * (abs(wanted.item()) + 1)
     share = 2 * logit_error + own + EPS[dtype]
-    terms = max(vocabulary, rows) * min(EPS[dtype], 2.0**-24) + 3 * EPS[dtype]
+    terms = max(vocabulary, rows) * sums + 2 * EPS[dtype]
     bounds = (weight.detach().abs().max().item() * 2, hidden.detach().abs().max().item() * rows, rows)
     for gradient, good, scale in zip(gradients, wanted_gradients, bounds, strict=True):
         assert gradient.shape == good.shape

@@ -43,7 +43,9 @@ def fuse(model: nn.Module) -> dict[str, str]:
             anything: Any = module
             anything.forward = MethodType(forward, module)
             replaced[part] += 1
-    reasons = {part: "" if count else f"no module of this model has the known {part}" for part, count in replaced.items()}
+    reasons = {
+        part: "" if count else f"no module of this model has the known {part}" for part, count in replaced.items()
+    }
     if not replaced["loss"] and hasattr(model, "get_output_embeddings"):
         reasons["loss"] = f"the forward of {type(model).__name__} does more than project and compare"
     return reasons

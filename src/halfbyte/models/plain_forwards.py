@@ -1,4 +1,6 @@
-# ruff: noqa: F821  (names of the modules that these are compared with)
+# ruff: noqa: F821
+# mypy: disable-error-code="name-defined"
+# Some names are those of the modules that these are compared with.
 """Forwards of transformers that `fused.py` has a faster way for, as transformers 5 writes them.
 
 They are compared by byte code and never run. Dozens of model families share each of them by copy (in transformers 5.23
@@ -26,7 +28,7 @@ def rms_norm(self: Any, hidden_states: Any) -> Any:
 def gated_mlp(self: Any, x: Any) -> Any:
     """LlamaMLP.forward."""
     down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return down_proj  # noqa: RET504
+    return down_proj
 
 
 def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:

@@ -71,7 +71,7 @@ class _SummedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         gradient = need_hidden or need_weight or need_bias
-        (rows, width), vocabulary = hidden.shape, weight.shape[0]
+        rows, vocabulary = hidden.shape[0], weight.shape[0]
         step = chunk_rows(vocabulary, weight.element_size())
         buffer = hidden.new_empty((min(step, rows), vocabulary))
         wide = torch.promote_types(hidden.dtype, torch.float32)

@@ -1,8 +1,8 @@
 """Norm, gate and rotation of a transformer layer as single operations: computed in float32, rounded once.
 
 Written with torch's operations each of them is a chain: a norm of bfloat16 hidden states makes four float32 tensors of
-their size and keeps two for the backward pass. Here each is one pass over its inputs, forward and backward, and autograd
-keeps the inputs themselves, which their producers hold anyway (and the norm one number a row).
+their size and keeps two for the backward pass. Here each is one pass over its inputs, forward and backward, and
+autograd keeps the inputs themselves, which their producers hold anyway (and the norm one number a row).
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Args:
         x: [batch, tokens, heads, dim], floating.
-        cos: [batch or 1, tokens, dim], the same dtype; `sin` likewise.
+        cos: cosines of the angles, [batch or 1, tokens, dim], `x`'s dtype.
+        sin: sines, likewise.
 
     Returns:
         x cos + (-x2, x1) sin, where x1 and x2 are the halves of a head; shape and dtype of x.
