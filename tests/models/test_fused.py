@@ -119,7 +119,7 @@ def test_logits_are_left_out_only_where_nobody_asks(make_model, ids):
     assert model(input_ids=ids, labels=ids).logits is None
     assert model(input_ids=ids, labels=ids, skip_logits=False).logits is not None
     assert model(input_ids=ids).logits is not None
-    assert model(input_ids=ids, labels=ids, logits_to_keep=2 * 0).logits is None
+    assert model(input_ids=ids, labels=ids, logits_to_keep=0).logits is None
     assert model(ids, labels=ids).logits is not None  # by position: transformers' forward sorts it out
     loss = model(input_ids=ids, labels=ids, return_dict=False)
     assert isinstance(loss, tuple)
@@ -139,6 +139,22 @@ def test_divisor_ignored_and_shifted_labels(make_model, ids):
     for kwargs in ({}, {"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(5)}, {"shift_labels": shifted}):
         got = model(input_ids=ids, labels=labels, **kwargs).loss.item()
         assert got == pytest.approx(plain(input_ids=ids, labels=labels, **kwargs).loss.item(), rel=1e-5)
+
+
+def test_a_head_that_is_more_than_a_product_is_called(make_model, ids):
+    """An adapter, a hook, a packed weight: each would be passed over where only the weight is looked at."""
+    model = make_model("llama").train()
+    fuse(model)
+    hook = model.lm_head.register_forward_hook(lambda _module, _inputs, output: output * 0)
+    uniform = pytest.approx(torch.tensor(96.0).log().item(), rel=1e-5)
+    assert model(input_ids=ids, labels=ids).loss.item() == uniform
+    hook.remove()
+    assert model(input_ids=ids, labels=ids).loss.item() != uniform
+    last = torch.tensor([5, 6])
+    assert model(input_ids=ids, logits_to_keep=last).logits.shape[1] == 2
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).train()
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_" in n)
 
 
 def test_a_loss_of_the_users_own_is_called(make_model, ids):

@@ -26,7 +26,6 @@ from torch import nn
 
 from halfbyte import nn as operations
 from halfbyte.models import plain_forwards
-from halfbyte.tensor import QuantizedTensor
 
 PARTS = ("loss", "norm", "mlp", "rotary")
 
@@ -138,6 +137,16 @@ def _rotate(plain: Any) -> Any:
     return apply_rotary_pos_emb
 
 
+def _is_plain(head: nn.Module) -> bool:
+    """Whether `head(x)` is x W^T + b and nothing else: no adapter, no hook, a weight that is whole and not packed."""
+    anything: Any = head
+    return (
+        type(head) is nn.Linear
+        and type(anything.weight) is nn.Parameter
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in vars(head))
+    )
+
+
 def _causal_lm_forward(kind: type) -> Any:
     """A causal language model's forward that computes the loss in chunks where nobody asks for logits."""
     from transformers.loss.loss_utils import ForCausalLMLoss
@@ -149,12 +158,13 @@ def _causal_lm_forward(kind: type) -> Any:
     @functools.wraps(plain)
     @can_return_tuple
     def forward(self: Any, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
-        labels = kwargs.get("labels")
+        labels: Any = kwargs.get("labels")
+        keep = kwargs.get("logits_to_keep", 0)
         skip = labels is not None and (self.training if skip_logits is None else skip_logits)
-        head = self.lm_head
-        usual = self.loss_function is ForCausalLMLoss and type(head) is nn.Linear and not head._forward_hooks
-        if args or not skip or not usual or isinstance(head.weight, QuantizedTensor) or kwargs.get("logits_to_keep"):
+        all_rows = not args and isinstance(keep, int) and keep == 0
+        if not skip or not all_rows or self.loss_function is not ForCausalLMLoss or not _is_plain(self.lm_head):
             return plain(self, *args, return_dict=True, **kwargs)
+        head = self.lm_head
         kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
         outputs = self.model(**kwargs)
         shifted = kwargs.get("shift_labels")

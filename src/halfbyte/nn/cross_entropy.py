@@ -44,9 +44,10 @@ def linear_cross_entropy(
     Raises:
         IndexError: a label is neither `ignore_index` nor in [0, vocabulary).
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).to(hidden.device)
+    device = weight.device  # a model that is split over devices may have its head on another
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]).to(device), labels.reshape(-1).to(device)
     kept = (targets != ignore_index).nonzero().squeeze(-1)
     if len(kept) < len(targets):
         flat, targets = flat.index_select(0, kept), targets.index_select(0, kept)

@@ -49,7 +49,7 @@ class ModelLoss(SFTTrainer):
         """The loss over trained tokens, and trl's count of the tokens seen."""
         if not self.model_has_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model.training:
+        if model.training:
             self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         inputs = {**inputs, "use_cache": False}
