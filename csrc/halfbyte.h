@@ -76,6 +76,27 @@ HB_API int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, cons
 HB_API int hb_linear_grad_input(int threads, const hb_weight *w, int64_t n, int64_t k, const void *grad, int64_t rows,
                                  int dtype, void *out);
 
+// Row by row, in one dtype, computed in float32. Labels lie in [0, vocabulary).
+// losses [rows] = log(sum(exp(logits))) - logits[label]; with `gradient`, logits become their gradient: softmax - one-hot.
+HB_API void hb_cross_entropy(int threads, void *logits, int dtype, int64_t rows, int64_t vocabulary,
+                             const int64_t *labels, int gradient, float *losses);
+
+// y [rows, n] = weight x rstd, rstd [rows] = 1 / sqrt(mean(x^2) + eps); and the gradient of x.
+HB_API void hb_rms_norm(int threads, const void *x, const void *weight, int dtype, int64_t rows, int64_t n, float eps,
+                        void *y, float *rstd);
+HB_API void hb_rms_norm_grad(int threads, const void *grad, const void *x, const void *weight, const float *rstd,
+                             int dtype, int64_t rows, int64_t n, void *out);
+
+// y [count] = gate sigmoid(gate) up; and the gradients of both.
+HB_API void hb_swiglu(int threads, const void *gate, const void *up, int dtype, int64_t count, void *y);
+HB_API void hb_swiglu_grad(int threads, const void *grad, const void *gate, const void *up, int dtype, int64_t count,
+                           void *grad_gate, void *grad_up);
+
+// out [tokens, heads, dim] = x cos + (-x2, x1) sin, x1 and x2 the halves of a head; cos and sin [angles, dim], token t
+// takes row t mod angles. `inverse`: the transposed map.
+HB_API void hb_rotary(int threads, const void *x, const void *cosine, const void *sine, int dtype, int64_t tokens,
+                      int64_t angles, int64_t heads, int64_t dim, int inverse, void *out);
+
 #ifdef __cplusplus
 }
 #endif

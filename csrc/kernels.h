@@ -59,13 +59,32 @@ struct Gemm {
 // From so many rows on a Gemm is taken, where the instruction set has one.
 constexpr int64_t kGemmRows = 33;
 
+// Kernels on rows [first, last) (elements, where there are no rows) of one element type; see rowwise.h.
+struct RowwiseOf {
+    void (*cross_entropy)(void *logits, int64_t first, int64_t last, int64_t vocabulary, const int64_t *labels,
+                          bool gradient, float *losses);
+    void (*rms_norm)(const void *x, const void *weight, int64_t first, int64_t last, int64_t n, float eps, void *y,
+                     float *rstd);
+    void (*rms_norm_grad)(const void *grad, const void *x, const void *weight, const float *rstd, int64_t first,
+                          int64_t last, int64_t n, void *out);
+    void (*swiglu)(const void *gate, const void *up, int64_t first, int64_t last, void *y);
+    void (*swiglu_grad)(const void *grad, const void *gate, const void *up, int64_t first, int64_t last,
+                        void *grad_gate, void *grad_up);
+    void (*rotary)(const void *x, const void *cosine, const void *sine, int64_t first, int64_t last, int64_t angles,
+                   int64_t heads, int64_t dim, bool inverse, void *out);
+};
+struct Rowwise {
+    RowwiseOf of[3];  // by enum hb_dtype
+};
+
 struct Kernels {
     Dequantize dequantize;
     Quantize quantize;
+    const Rowwise *rowwise;
     Linear linear;
     GradInput grad_input;
-    const Gemm *linear_gemm;
-    const Gemm *grad_input_gemm;
+    const Gemm *linear_gemm = nullptr;  // where the set has one
+    const Gemm *grad_input_gemm = nullptr;
 };
 
 // The chosen instruction set's kernels.
@@ -75,17 +94,20 @@ void dequantize_generic(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_generic(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
 extern const GradInput grad_input_generic;
 extern const Linear linear_generic;
+extern const Rowwise rowwise_generic;
 
 #ifdef HB_X86
 void dequantize_avx2(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_avx2(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
 extern const GradInput grad_input_avx2;
 extern const Linear linear_avx2;
+extern const Rowwise rowwise_avx2;
 
 void dequantize_avx512(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_avx512(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
 extern const GradInput grad_input_avx512;
 extern const Linear linear_avx512;
+extern const Rowwise rowwise_avx512;
 extern const Linear linear_avx512bf16;
 extern const Linear linear_few_amx;
 extern const Linear linear_amx;

@@ -36,6 +36,12 @@ def sample_inputs() -> dict[str, list[tuple]]:
         "dequantize_rows": [(*packed(bits), COLUMNS, index, torch.float32) for bits in (None, 6)],
         "linear": [(*packed(), ROWS, x, bias), (*packed(None), ROWS, x, None)],
         "linear_grad_input": [(*packed(), COLUMNS, torch.randn(5, ROWS, requires_grad=True))],
+        "cross_entropy_": [(torch.randn(2, 5), torch.tensor([0, 4]), gradient) for gradient in (False, True)],
+        "rms_norm": [(torch.randn(2, 3, 5), torch.randn(5), 1e-6)],
+        "rms_norm_grad": [(torch.randn(2, 5), torch.randn(2, 5), torch.randn(5), torch.rand(2))],
+        "swiglu": [(torch.randn(2, 5), torch.randn(2, 5))],
+        "swiglu_grad": [tuple(torch.randn(2, 5) for _ in range(3))],
+        "rotary": [(torch.randn(2, 3, 2, 4), *torch.randn(2, 1, 3, 4), inverse) for inverse in (False, True)],
     }
 
 

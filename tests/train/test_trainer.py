@@ -25,9 +25,10 @@ def rows(tiny_tokenizer):
 
 @pytest.fixture
 def make_trainer(tiny_llama, tiny_tokenizer, rows, tmp_path):
-    def make(**keys):
-        from transformers import AutoModelForCausalLM, set_seed
+    def make(fused=True, **keys):
+        from transformers import set_seed
 
+        from halfbyte.models import load_model
         from halfbyte.train.trainer import Trainer
 
         defaults = {"method": "lora", "compute_dtype": "float32", "lora_r": 4, "max_steps": 1}
@@ -39,7 +40,7 @@ def make_trainer(tiny_llama, tiny_tokenizer, rows, tmp_path):
         }
         recipe = make_recipe(paths | defaults | keys)
         set_seed(0)
-        base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        base = load_model(tiny_llama, dtype=torch.float32, fused=fused)
         model = add_adapter(base, recipe, "all-linear")
         return Trainer(
             model, recipe, rows=rows, eval_rows=rows, tokenizer=tiny_tokenizer, folder=tmp_path, callbacks=[]
@@ -78,6 +79,20 @@ def test_accumulation_gives_equal_gradients_and_loss(make_trainer):
         got, split_log = gradients_of_one_step(make_trainer(**WHOLE | split))
         assert relative(got, wanted) < 1e-5
         assert split_log[0]["loss"] == pytest.approx(log[0]["loss"], rel=1e-5)
+
+
+def test_the_models_loss_and_trls_give_equal_gradients(make_trainer):
+    """trl's fused head is what a model trains with whose own loss is not chunked."""
+    trainer, other = make_trainer(**WHOLE), make_trainer(fused=False, **WHOLE)
+    assert trainer.model_has_loss
+    assert not other.model_has_loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(other.evaluate()["eval_loss"], rel=1e-5)
+    (got, log), (wanted, other_log) = gradients_of_one_step(trainer), gradients_of_one_step(other)
+    assert relative(got, wanted) < 1e-5
+    for key in ("loss", "num_tokens"):
+        assert next(e[key] for e in log if key in e) == pytest.approx(
+            next(e[key] for e in other_log if key in e), rel=1e-5
+        )
 
 
 def test_gradient_checkpointing_gives_equal_gradients(make_trainer):

@@ -59,6 +59,12 @@ SCHEMAS = {
     "dequantize_rows": f"({_PACKED}, SymInt columns, Tensor rows, ScalarType dtype) -> Tensor",
     "linear": f"({_PACKED}, SymInt out_features, Tensor x, Tensor? bias) -> Tensor",
     "linear_grad_input": f"({_PACKED}, SymInt in_features, Tensor grad) -> Tensor",
+    "cross_entropy_": "(Tensor(a!) logits, Tensor labels, bool gradient) -> Tensor",
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
+    "rms_norm_grad": "(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> Tensor",
+    "swiglu": "(Tensor gate, Tensor up) -> Tensor",
+    "swiglu_grad": "(Tensor grad, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor grad_up)",
+    "rotary": "(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
 }
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -106,3 +112,33 @@ def _linear(*args: Any) -> torch.Tensor:
 def _linear_grad_input(*args: Any) -> torch.Tensor:
     _, (in_features, grad) = split_packed(args)
     return torch.empty((*grad.shape[:-1], in_features), dtype=grad.dtype, device=grad.device)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::cross_entropy_", lib=LIBRARY)
+def _cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, gradient: bool) -> torch.Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::rms_norm", lib=LIBRARY)
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::rms_norm_grad", lib=LIBRARY)
+def _rms_norm_grad(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::swiglu", lib=LIBRARY)
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::swiglu_grad", lib=LIBRARY)
+def _swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::rotary", lib=LIBRARY)
+def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+    return x.new_empty(x.shape)

@@ -21,6 +21,7 @@ from halfbyte.errors import CheckpointError, FormatError, RequestError, nearest
 from halfbyte.formats import QuantSpec
 from halfbyte.models.checkpoint import Checkpoint, open_checkpoint
 from halfbyte.models.config import HalfbyteConfig
+from halfbyte.models.fused import PARTS, fuse
 from halfbyte.models.quantizer import collect_failures
 from halfbyte.nn import report
 from halfbyte.tensor import read_spec
@@ -41,8 +42,13 @@ def load_model(
     task: str = "causal-lm",
     num_labels: int | None = None,
     device: torch.device | str | None = None,
+    fused: bool = True,
 ) -> Any:
     """Load a transformers model, quantizing it on the way if asked to.
+
+    In training mode and with labels, a causal language model that is covered (see `halfbyte.models.fused`) gives its
+    loss and `logits=None`: the logits would take more memory than the layers. `model(..., skip_logits=False)` gives
+    both for one call, `fused=False` for the model; in eval mode there are always logits.
 
     Args:
         path: a model folder (nothing touches the network then), or a name on the hub.
@@ -53,9 +59,11 @@ def load_model(
         task: "causal-lm", "sequence-classification", "token-classification" or "encoder".
         num_labels: classes of a new classification head.
         device: where to put it; None: the CPU.
+        fused: whether modules run halfbyte's operations where these stand for the same computation.
 
     Returns:
-        The model in eval mode; `model.halfbyte_report` says what was quantized.
+        The model in eval mode; `model.halfbyte_report` says what was quantized, `model.halfbyte_fused` which parts were
+        not fused and why.
 
     Raises:
         CheckpointError: the folder is incomplete or damaged; the message names file and tensor.
@@ -77,6 +85,7 @@ def load_model(
     model.name_or_path = str(path)
     if not hasattr(model, "halfbyte_report"):
         model.halfbyte_report = report(model)
+    model.halfbyte_fused = fuse(model) if fused else dict.fromkeys(PARTS, "fused=False asks for it")
     return model.to(device).eval() if device is not None else model.eval()
 
 

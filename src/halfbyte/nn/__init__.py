@@ -1,17 +1,23 @@
 """Layers over quantized weights, and the choice of which parameters get quantized."""
 
+from halfbyte.nn.cross_entropy import linear_cross_entropy
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import lora_linear
 from halfbyte.nn.replace import Plan, QuantizationReport, make_plan, output_layers, prepare, quantize_model, report
+from halfbyte.nn.rowwise import rms_norm, rotary, swiglu
 
 __all__ = [
     "Linear4bit",
     "Plan",
     "QuantizationReport",
+    "linear_cross_entropy",
     "lora_linear",
     "make_plan",
     "output_layers",
     "prepare",
     "quantize_model",
     "report",
+    "rms_norm",
+    "rotary",
+    "swiglu",
 ]

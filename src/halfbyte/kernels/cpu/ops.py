@@ -26,6 +26,7 @@ from halfbyte.formats import BLOCK_SIZES, CODEBOOKS, FORMATS, SCALE_BLOCK, doubl
 from halfbyte.formats.packing import packed_size
 from halfbyte.kernels import reference
 from halfbyte.kernels.cpu.library import Native, Weight
+from halfbyte.kernels.cpu.rowwise import RowwiseOps
 from halfbyte.kernels.tuning import TUNING
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum hb_dtype
@@ -33,11 +34,11 @@ _FORMATS = {name: (number, CODEBOOKS[name].bits) for number, name in enumerate(F
 _GROUP = 64  # columns that the few-row kernels take at once
 
 
-class Ops:
+class Ops(RowwiseOps):
     """The ops of one loaded library, as methods with the schemas of `kernels/schema.py`."""
 
     def __init__(self, native: Native) -> None:
-        self.native = native
+        super().__init__(native)
         functions = native.functions
         self._quantize, self._quantize_scales = functions["hb_quantize"], functions["hb_quantize_scales"]
         self._dequantize, self._dequantize_rows = functions["hb_dequantize"], functions["hb_dequantize_rows"]

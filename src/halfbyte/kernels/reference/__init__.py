@@ -6,6 +6,7 @@ from typing import Any
 from halfbyte.kernels.reference.dequantize import dequantize, dequantize_rows
 from halfbyte.kernels.reference.linear import linear, linear_grad_input
 from halfbyte.kernels.reference.quantize import quantize, quantize_scales
+from halfbyte.kernels.reference.rowwise import cross_entropy_, rms_norm, rms_norm_grad, rotary, swiglu, swiglu_grad
 
 OPS: dict[str, Callable[..., Any]] = {
     "quantize": quantize,
@@ -14,4 +15,10 @@ OPS: dict[str, Callable[..., Any]] = {
     "dequantize_rows": dequantize_rows,
     "linear": linear,
     "linear_grad_input": linear_grad_input,
+    "cross_entropy_": cross_entropy_,
+    "rms_norm": rms_norm,
+    "rms_norm_grad": rms_norm_grad,
+    "swiglu": swiglu,
+    "swiglu_grad": swiglu_grad,
+    "rotary": rotary,
 }
