@@ -70,7 +70,7 @@ struct Kernel {
     }
 };
 
-void prepare(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
+void prepare(const hb_weight &, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
     const int64_t padded = padded_rows(rows);
     for (int64_t row = 0; row < padded; ++row) {
         float *out = static_cast<float *>(scratch) + row * Kernel::kGroup;

@@ -72,11 +72,12 @@ struct Kernel {
     }
 };
 
-int64_t scratch_bytes(int64_t rows, int64_t k) { return linear_neon.scratch_size(rows, k); }  // the larger of the two
+// The larger of the two.
+int64_t scratch_bytes(const hb_weight &w, int64_t rows, int64_t k) { return linear_neon.scratch_size(w, rows, k); }
 
 // x -> [group of 32 columns][row][the 16 even columns, the 16 odd ones].
-void prepare(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
-    if (dtype != HB_BFLOAT16) return linear_neon.prepare(x, dtype, rows, k, scratch);
+void prepare(const hb_weight &w, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
+    if (dtype != HB_BFLOAT16) return linear_neon.prepare(w, x, dtype, rows, k, scratch);
     const int64_t padded = padded_rows(rows);
     uint16_t *out = static_cast<uint16_t *>(scratch);
     for (int64_t at = 0; at < k; at += Kernel::kGroup) {
