@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "halfbyte.h"
+#include "optimizer.h"
 
 namespace halfbyte {
 
@@ -44,6 +45,7 @@ struct Kernels {
     Quantize quantize;
     Linear linear;
     GradInput grad_input;
+    AdamW adamw;
 };
 
 // The chosen instruction set's kernels.

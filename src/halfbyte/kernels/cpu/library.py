@@ -56,6 +56,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_dequantize_rows": (None, (_I, _W, _L, _P, _L, _I, _P)),
     "hb_linear": (_I, (_I, _W, _L, _L, _P, _L, _I, _P, _P)),
     "hb_linear_grad_input": (_I, (_I, _W, _L, _L, _P, _L, _I, _P)),
+    "hb_adamw": (_I, (_I, _P, _L, _P)),
+    "hb_adamw_norms": (_I, (_I, _P, _L, _P)),
 }
 
 
