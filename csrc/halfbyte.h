@@ -85,6 +85,7 @@ typedef struct hb_adamw_options {
     float beta2, weight2;
     float eps;
     float correction2;       // sqrt(1 - beta2^step)
+    float inverse2;          // 1 / correction2
     float step_size;         // -lr / (1 - beta1^step)
     float decay;             // 1 - lr weight_decay
 } hb_adamw_options;

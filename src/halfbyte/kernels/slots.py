@@ -34,6 +34,7 @@ class Options(NamedTuple):
     weight2: float
     eps: float
     correction2: float
+    inverse2: float
     step_size: float
     decay: float
 
@@ -95,6 +96,7 @@ class Batch(Protocol):
 def make_options(group: Mapping[str, Any], step: int, grad_scale: float) -> Options:
     """The numbers of step `step` (the first is 1) of a parameter group."""
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    correction2 = math.sqrt(1 - beta2**step)
     return Options(
         grad_scale=grad_scale,
         beta1=beta1,
@@ -102,7 +104,8 @@ def make_options(group: Mapping[str, Any], step: int, grad_scale: float) -> Opti
         beta2=beta2,
         weight2=1 - beta2,
         eps=group["eps"],
-        correction2=math.sqrt(1 - beta2**step),
+        correction2=correction2,
+        inverse2=1 / correction2,
         step_size=-lr / (1 - beta1**step),
         decay=1 - lr * group["weight_decay"],
     )

@@ -143,7 +143,9 @@ def _checked(failed: int) -> None:
 def _check_param(slot: Slot) -> int:
     param = slot.param
     if param.dtype not in _DTYPES or not param.is_cpu or param.numel() < slot.first + slot.count:
-        raise ShapeError(f"a parameter is {param.dtype} {tuple(param.shape)} on {param.device} after its state was made")
+        raise ShapeError(
+            f"a parameter is {param.dtype} {tuple(param.shape)} on {param.device} after its state was made"
+        )
     if slot.master is not None and param.dtype != torch.bfloat16:
         raise ShapeError(f"a parameter with a float32 master is {param.dtype}, not bfloat16")
     return _DTYPES[param.dtype]

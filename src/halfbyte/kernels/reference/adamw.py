@@ -23,6 +23,7 @@ dimensions are taken as matrices [shape[0], rest], where the paper takes the sma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def adamw(slot: Slot, grad: torch.Tensor, options: Options, key: Sequence[int]) 
         options: numbers of the step.
         key: two numbers below 2**32, for stochastic rounding.
     """
-    o = Options(*(torch.tensor(value, dtype=torch.float32, device=grad.device) for value in options))  # type: ignore[arg-type]
+    o: Any = Options(*(torch.tensor(value, dtype=torch.float32, device=grad.device) for value in options))  # type: ignore[arg-type]
     whole = slot.param.detach().reshape(-1)  # a copy where it is not contiguous
     param = whole[slot.first : slot.first + slot.count]
     moment1, moment2 = _decode(slot)
@@ -84,7 +85,8 @@ def adamw(slot: Slot, grad: torch.Tensor, options: Options, key: Sequence[int]) 
         moment1 = _fma(o.weight1 - 1, grad - moment1, grad)
     moment2 = _fma(grad * o.weight2, grad, moment2 * o.beta2)
     # torch's float32 square root on a CPU may be off by one ulp; rounded from float64 it is the IEEE one.
-    denominator = moment2.double().sqrt().float() / o.correction2 + o.eps
+    root = moment2.double().sqrt().float()
+    denominator = (root / o.correction2 if slot.kind == "float32" else root * o.inverse2) + o.eps
     value = param.float() if slot.master is None else slot.master
     value = value * o.decay + o.step_size * moment1 / denominator
     if slot.master is not None:
