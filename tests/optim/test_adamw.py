@@ -263,10 +263,10 @@ def test_wrong_settings_are_one_sentence(options, sentence):
 
 
 def test_parameters_and_gradients_that_cannot_be_stepped():
-    with pytest.raises(RequestError, match="parameter 0 of group 0 is torch.float16"):
+    with pytest.raises(RequestError, match=r"parameter 0 of group 0 is torch\.float16"):
         hb.optim.AdamW(parameters([(3,)], torch.float16))
     optimizer = hb.optim.AdamW(parameters([(3,)]))
-    with pytest.raises(RequestError, match="torch.float64"):
+    with pytest.raises(RequestError, match=r"torch\.float64"):
         optimizer.add_param_group({"params": parameters([(3,)], torch.float64)})
     assert len(optimizer.param_groups) == 1
     p = torch.nn.Parameter(torch.randn(4, 4))

@@ -1,4 +1,4 @@
-"""Stopping and going on: the same bits, whatever the state is and wherever it lies; and what does not fit is refused."""
+"""Stopping and going on: the same bits, whatever the state is and wherever it lies; what does not fit is refused."""
 
 from __future__ import annotations
 

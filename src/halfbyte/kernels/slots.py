@@ -116,7 +116,8 @@ def random_keys(seed: int, steps: np.ndarray, numbers: np.ndarray) -> np.ndarray
 
     Args:
         seed: any integer.
-        steps: integer [n]; `numbers`: integer [n].
+        steps: integer [n].
+        numbers: integer [n], the parameters' positions.
 
     Returns:
         uint32 [n, 2].

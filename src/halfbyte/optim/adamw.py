@@ -63,8 +63,8 @@ class AdamW(torch.optim.Optimizer):
         keep_float32: parameters whose name contains one of these keep float32 state.
         bf16: how a bfloat16 parameter is updated: "stochastic" rounding, or from a float32 "master" kept beside it.
         seed: of stochastic rounding; rounding depends on it, on the step and on the element, and on nothing else.
-        max_grad_norm: gradients are scaled down to this norm over all parameters, in the step and without changing them;
-            `grad_norm` has the norm afterwards.
+        max_grad_norm: gradients are scaled down to this norm over all parameters, in the step and without changing
+            them; `grad_norm` has the norm afterwards.
         check_finite: refuse a gradient that is not finite before anything is changed. Without it, and without
             `max_grad_norm`, gradients are read once instead of twice.
         paged: False, "file" (states in a temporary file; Linux) or "host" (states of CUDA parameters in pinned host

@@ -146,8 +146,8 @@ def _checked(state: Mapping[str, Any], wanted: Expected) -> tuple[int, State]:
         tensor = tensors[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{name} of {wanted.name} is {tensor.dtype} {tuple(tensor.shape)} in the optimizer state, and has to be "
-                f"{dtype} {shape}."
+                f"{name} of {wanted.name} is {tensor.dtype} {tuple(tensor.shape)} in the optimizer state, and has to "
+                f"be {dtype} {shape}."
             )
         if dtype == torch.float32 and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{name} of {wanted.name} is not finite in the optimizer state.")
