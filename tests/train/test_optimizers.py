@@ -13,7 +13,7 @@ from rich.console import Console
 from halfbyte.errors import RecipeError, RequestError
 from halfbyte.optim import AdamW
 from halfbyte.train.optimizers import check_optimizer, make_optimizer
-from halfbyte.train.recipe import OPTIMIZER_ALIASES, make_recipe
+from halfbyte.train.recipe import make_recipe
 from halfbyte.train.sft import train
 
 NEEDED = {"model_name_or_path": "/m", "output_dir": "o", "dataset": "d.jsonl"}
@@ -56,6 +56,9 @@ def test_what_is_missing_here_is_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RequestError, match="needs a CUDA device, and there is none; choose 'file'"):
         check_optimizer(make_recipe({**NEEDED, "paged": "host"}))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(RequestError, match="galore-torch has for CUDA only; choose galore_adamw"):
+        check_optimizer(make_recipe({**NEEDED, "method": "full", "optim": "galore_adamw_8bit"}))
 
 
 def test_only_what_is_trained_is_stepped_and_only_matrices_decay():
@@ -72,6 +75,8 @@ def test_only_what_is_trained_is_stepped_and_only_matrices_decay():
 def test_runs_learn_and_paging_changes_nothing(tiny_llama, write_rows, tmp_path, optim):
     if optim.startswith("galore"):
         pytest.importorskip("galore_torch", reason="galore-torch is not installed")
+    if optim == "galore_adamw_8bit" and not torch.cuda.is_available():
+        pytest.skip("galore-torch has 8-bit state for CUDA only")
     data = str(write_rows([{"prompt": c, "completion": c.upper() * n} for n, c in enumerate("abcdefgh", 1)]))
     after = {}
     for paged in ("none",) if optim.startswith("galore") else ("none", PAGED):

@@ -29,6 +29,8 @@ def check_optimizer(recipe: Recipe) -> None:
         raise RequestError("paged is 'host', which needs a CUDA device, and there is none; choose 'file'.")
     if recipe.optim.startswith("galore") and importlib.util.find_spec("galore_torch") is None:
         raise RequestError(f"optim is {recipe.optim!r}, which needs galore-torch; run `pip install galore-torch`.")
+    if recipe.optim == "galore_adamw_8bit" and not torch.cuda.is_available():
+        raise RequestError("optim is 'galore_adamw_8bit', which galore-torch has for CUDA only; choose galore_adamw.")
 
 
 def library_options(recipe: Recipe) -> dict[str, Any]:
