@@ -31,7 +31,17 @@ struct Eight {
         _mm256_store_ps(lanes, a);
         return *std::max_element(lanes, lanes + 8);
     }
-    static F gather(const float *table, I index) { return _mm256_i32gather_ps(table, index, 4); }
+    // A gather keeps the lanes that its mask leaves out, so it waits for whatever its destination held before. GCC's
+    // intrinsics leave that to chance where they know the mask, and the step then runs one vector after the other. With
+    // a mask that it cannot see through it has to write zeros first, which breaks the chain.
+    static I all() {
+        I mask = _mm256_set1_epi32(-1);
+        __asm__("" : "+x"(mask));
+        return mask;
+    }
+    static F gather(const float *table, I index) {
+        return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), table, index, _mm256_castsi256_ps(all()), 4);
+    }
     static F to_floats(I a) { return _mm256_cvtepi32_ps(a); }
 
     static I seti(int32_t x) { return _mm256_set1_epi32(x); }
@@ -43,7 +53,9 @@ struct Eight {
         _mm_storel_epi64(reinterpret_cast<__m128i *>(out), _mm_packus_epi16(words, words));
     }
     static I as_integers(F a) { return _mm256_castps_si256(a); }
-    static I gather(const int32_t *table, I index) { return _mm256_i32gather_epi32(table, index, 4); }
+    static I gather(const int32_t *table, I index) {
+        return _mm256_mask_i32gather_epi32(_mm256_setzero_si256(), table, index, all(), 4);
+    }
     static I addi(I a, I b) { return _mm256_add_epi32(a, b); }
     static I subi(I a, I b) { return _mm256_sub_epi32(a, b); }
     static I maxi(I a, I b) { return _mm256_max_epi32(a, b); }

@@ -42,7 +42,17 @@ struct Sixteen {
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
     static F min(F a, F b) { return _mm512_min_ps(a, b); }
     static float largest(F a) { return _mm512_reduce_max_ps(a); }
-    static F gather(const float *table, I index) { return _mm512_i32gather_ps(index, table, 4); }
+    // A gather keeps the lanes that its mask leaves out, so it waits for whatever its destination held before. GCC's
+    // intrinsics leave that to chance where they know the mask, and the step then runs one vector after the other. With
+    // a mask that it cannot see through it has to write zeros first, which breaks the chain.
+    static __mmask16 all() {
+        unsigned mask = 0xffff;
+        __asm__("" : "+r"(mask));
+        return __mmask16(mask);
+    }
+    static F gather(const float *table, I index) {
+        return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), all(), index, table, 4);
+    }
     static F to_floats(I a) { return _mm512_cvtepi32_ps(a); }
 
     static I seti(int32_t x) { return _mm512_set1_epi32(x); }
@@ -53,7 +63,9 @@ struct Sixteen {
         _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm512_cvtepi32_epi8(x));
     }
     static I as_integers(F a) { return _mm512_castps_si512(a); }
-    static I gather(const int32_t *table, I index) { return _mm512_i32gather_epi32(index, table, 4); }
+    static I gather(const int32_t *table, I index) {
+        return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), all(), index, table, 4);
+    }
     static I addi(I a, I b) { return _mm512_add_epi32(a, b); }
     static I subi(I a, I b) { return _mm512_sub_epi32(a, b); }
     static I maxi(I a, I b) { return _mm512_max_epi32(a, b); }
