@@ -2,8 +2,8 @@
 
     python benchmarks/optimizer_step.py [--rounds 5] [--small]
 
-Two cases: one float32 matrix of 4096 x 4096 (16.7 M parameters), and 2,000 LoRA matrices of 8 x 2048. Before anything is
-timed, three steps are compared with torch's fused AdamW: float32 states have to give the same parameters to the bit,
+Two cases: one float32 matrix of 4096 x 4096 (16.7 M parameters), and 2,000 LoRA matrices of 8 x 2048. Before anything
+is timed, three steps are compared with torch's fused AdamW: float32 states have to give the same parameters to the bit,
 the others parameters within what their codes allow. Bytes are counted from the tensors that hold the state.
 """
 
