@@ -4,9 +4,9 @@
 
 wikitext: stories260K, all weights trained on wikitext-2's valid.txt and measured on the first 100,000 characters of its
 test.txt, as in methods_fidelity.py. quickstart: examples/quickstart.yaml, measured by the loss on its test words. A
-kind of state is within noise when its mean loss differs from float32's by less than the standard error of the difference of
-two such means. Parameters under 4096 elements and embeddings keep float32 state; the share of the others is printed.
-Paged runs have to give the same loss to the bit.
+kind of state is within noise when its mean loss differs from float32's by less than the standard error of the
+difference of two such means. Parameters under 4096 elements and embeddings keep float32 state; the share of the others
+is printed. Paged runs have to give the same loss to the bit.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ def twins(shape, kind, dtype, master):
     """Two slots with equal contents and memory of their own."""
     first = torch.randn(shape).to(dtype)
     return [
-        slot_of(p, new_state(p, kind, master=master, allocate=allocate_plain), 0) for p in (first.clone(), first.clone())
+        slot_of(p, new_state(p, kind, master=master, allocate=allocate_plain), 0)
+        for p in (first.clone(), first.clone())
     ]
 
 
