@@ -48,6 +48,9 @@ def candidates() -> Iterator[tuple[str, Make]]:
         for paged in (False, "file"):
             name = f"halfbyte {kind}" + (" paged to a file" if paged else "")
             yield name, lambda p, kind=kind, paged=paged: hb.optim.AdamW(p, state=kind, paged=paged, **OPTIONS)
+        # Peers do not look at gradients before they change anything; without that look a step reads them once.
+        unseen = f"halfbyte {kind}, check_finite=False"
+        yield unseen, lambda p, kind=kind: hb.optim.AdamW(p, state=kind, check_finite=False, **OPTIONS)
     yield "halfbyte 8bit, clipped", lambda p: hb.optim.AdamW(p, state="8bit", max_grad_norm=1.0, **OPTIONS)
 
 
