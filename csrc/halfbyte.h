@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Raised whenever a signature or a struct below changes; kernels/cpu/library.py refuses another number.
-#define HB_ABI 1
+#define HB_ABI 2
 
 // Element types, numbered as in kernels/cpu/library.py.
 enum hb_dtype { HB_FLOAT32 = 0, HB_BFLOAT16 = 1, HB_FLOAT16 = 2 };
@@ -96,6 +96,42 @@ HB_API void hb_swiglu_grad(int threads, const void *grad, const void *gate, cons
 // takes row t mod angles. `inverse`: the transposed map.
 HB_API void hb_rotary(int threads, const void *x, const void *cosine, const void *sine, int dtype, int64_t tokens,
                       int64_t angles, int64_t heads, int64_t dim, int inverse, void *out);
+
+// How an optimizer keeps its two moments; numbered as in kernels/cpu/adamw.py.
+enum hb_state { HB_STATE_FLOAT32 = 0, HB_STATE_8BIT = 1, HB_STATE_4BIT = 2 };
+
+// Numbers of one AdamW step that many tensors share.
+typedef struct hb_adamw_options {
+    float grad_scale;        // of the gradients, for clipping
+    float beta1, weight1;    // weight1 = 1 - beta1
+    float beta2, weight2;
+    float eps;
+    float correction2;       // sqrt(1 - beta2^step)
+    float inverse2;          // 1 / correction2
+    float step_size;         // -lr / (1 - beta1^step)
+    float decay;             // 1 - lr weight_decay
+} hb_adamw_options;
+
+// One tensor of a step, or a range of one that begins with a whole block.
+typedef struct hb_adamw_tensor {
+    void *param;             // float32 or bfloat16 [count]
+    const void *grad;        // float32 or bfloat16 [count]
+    float *master;           // float [count] where param is bfloat16 and rounded from it, or null
+    void *state1, *state2;   // float [count]; uint8 [count]; uint8 [(count + 1) / 2]
+    float *scale1, *scale2;  // float [blocks], or null; with columns > 0 scale2 is [rows] ...
+    float *scale2_columns;   // ... and this [columns]
+    int64_t count;
+    int64_t columns;         // of the matrix whose second moment has scales by row and column, else 0
+    int64_t first;           // what element 0 is called where random numbers are drawn
+    uint32_t key[2];         // of those random numbers
+    int32_t param_dtype, grad_dtype, state, options;  // options: position in the array given with the tensors
+} hb_adamw_tensor;
+
+// One AdamW step of all tensors. Returns 0, or 1 when there was no memory and nothing was changed.
+HB_API int hb_adamw(int threads, const hb_adamw_tensor *tensors, int64_t count, const hb_adamw_options *options);
+
+// The sum of squares of each gradient, not finite exactly where the gradient is not -> sums [count]. Returns as hb_adamw.
+HB_API int hb_adamw_norms(int threads, const hb_adamw_tensor *tensors, int64_t count, double *sums);
 
 #ifdef __cplusplus
 }

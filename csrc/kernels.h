@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "halfbyte.h"
+#include "optimizer.h"
 
 namespace halfbyte {
 
@@ -80,6 +81,7 @@ struct Rowwise {
 struct Kernels {
     Dequantize dequantize;
     Quantize quantize;
+    AdamW adamw;
     const Rowwise *rowwise;
     Linear linear;
     GradInput grad_input;

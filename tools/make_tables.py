@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.formats.codebooks import CODEBOOKS, Codebook
+from halfbyte.formats.codebooks import CODEBOOKS, MOMENT1_4BIT, MOMENT2_4BIT, MOMENT2_8BIT, Codebook
 from halfbyte.formats.double_quant import _grid_codes, scale_table
 
 TARGET = Path(__file__).resolve().parent.parent / "csrc" / "tables.h"
@@ -68,6 +68,11 @@ def header() -> str:
     )
     first = torch.searchsorted(_grid_codes("cpu").int(), torch.arange(257, dtype=torch.int32)).tolist()
     parts.append(_array("int32_t", "kScaleGridFirst", map(str, first)))
+    parts.append("// Optimizer states: the first moment's 8-bit map is kScaleTable8. Thresholds are midpoints.")
+    parts.append(_array("float", "kUnsignedDynamic", map(_hex, MOMENT2_8BIT.table().tolist())))
+    for name, book in (("kDynamic4", MOMENT1_4BIT), ("kLinear4", MOMENT2_4BIT)):
+        parts.append(_array("float", name, map(_hex, book.table().tolist())))
+        parts.append(_array("float", f"{name}Thresholds", map(_hex, book.thresholds().tolist())))
     parts.append("}  // namespace halfbyte\n")
     return "\n".join(parts)
 

@@ -23,9 +23,11 @@ _HOMES = {
     "save_model": "halfbyte.models",
     "HalfbyteError": "halfbyte.errors",
 }
-__all__ = ["__version__", *_HOMES]
+_ROOMS = ("optim",)  # submodules that are used by their own name: halfbyte.optim.AdamW
+__all__ = ["__version__", *_HOMES, *_ROOMS]
 
 if TYPE_CHECKING:  # so that editors and type checkers see what __getattr__ finds
+    from halfbyte import optim as optim
     from halfbyte.errors import HalfbyteError as HalfbyteError
     from halfbyte.formats import distortion as distortion
     from halfbyte.models import HalfbyteConfig as HalfbyteConfig
@@ -44,6 +46,8 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         # pyproject.toml is the one place that holds the number.
         return importlib.import_module("importlib.metadata").version("halfbyte")
+    if name in _ROOMS:
+        return importlib.import_module(f"halfbyte.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")

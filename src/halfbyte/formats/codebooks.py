@@ -81,18 +81,18 @@ def normal_float(bits: int) -> tuple[float, ...]:
     return tuple((values / values.max()).float().tolist())
 
 
-def dynamic_map(*, signed: bool = True) -> tuple[float, ...]:
-    """The 8-bit dynamic map: 256 ascending floats whose spacing is fine near zero and coarse near one.
+def dynamic_map(*, signed: bool = True, decades: int = 7) -> tuple[float, ...]:
+    """The dynamic map: `2**(decades + 1)` ascending floats whose spacing is fine near zero and coarse near one.
 
-    Seven decades, each with twice as many values as the one below it; the largest has 64 a sign. The signed map has
-    127 negatives, 0 and 128 positives; its minimum is -0.99297, its maximum 1. QLoRA's text says that second-level
-    scales are FP8; the published code, and every file, uses this table.
+    Each decade has twice as many values as the one below it. With seven decades these are 8-bit codes: the largest
+    decade has 64 values a sign, the signed map has 127 negatives, 0 and 128 positives, its minimum is -0.99297 and its
+    maximum 1. QLoRA's text says that second-level scales are FP8; the published code, and every file, uses this table.
+    With three decades they are the 4-bit "dynamic exponent" codes of arXiv 2309.01507.
 
     Source: "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861, section 2; bitsandbytes
     `create_dynamic_map`.
     """
     values = [0.0, 1.0]
-    decades = 7
     for decade in range(decades):
         count = 2**decade if signed else 2 ** (decade + 1)
         edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float32)
@@ -151,6 +151,15 @@ INT8 = Codebook("int8", 8, tuple((c - 128) / 127 for c in range(256)), ascending
 CODEBOOKS: dict[str, Codebook] = {book.name: book for book in (NF4, FP4, E2M1, INT4, INT8)}
 FORMATS = tuple(CODEBOOKS)
 
+# Codes of optimizer states: the two moments of Adam in 8 bits (arXiv 2110.02861; bitsandbytes' qmap1 and qmap2) and in
+# 4 bits (arXiv 2309.01507: a dynamic exponent for the first, evenly spaced without a zero for the second, so that an
+# update is never divided by a second moment that was rounded to nothing). No weight is stored in them.
+MOMENT1_8BIT = Codebook("moment1-8bit", 8, dynamic_map())
+MOMENT2_8BIT = Codebook("moment2-8bit", 8, dynamic_map(signed=False))
+MOMENT1_4BIT = Codebook("moment1-4bit", 4, dynamic_map(decades=3))
+MOMENT2_4BIT = Codebook("moment2-4bit", 4, tuple((code + 1) / 16 for code in range(16)))
+_ALL = {book.name: book for book in (*CODEBOOKS.values(), MOMENT1_8BIT, MOMENT2_8BIT, MOMENT1_4BIT, MOMENT2_4BIT)}
+
 
 def get_codebook(name: str) -> Codebook:
     """The codebook called `name`.
@@ -166,16 +175,16 @@ def get_codebook(name: str) -> Codebook:
 
 @cache
 def _table(name: str, device: str) -> torch.Tensor:
-    return torch.tensor(CODEBOOKS[name].values, dtype=torch.float32, device=device)
+    return torch.tensor(_ALL[name].values, dtype=torch.float32, device=device)
 
 
 @cache
 def _thresholds(name: str, device: str) -> torch.Tensor:
-    book = CODEBOOKS[name]
+    book = _ALL[name]
     values = _table(name, "cpu")[list(book.ascending)]
     return ((values[:-1] + values[1:]) / 2).to(device)
 
 
 @cache
 def _ascending(name: str, device: str) -> torch.Tensor:
-    return torch.tensor(CODEBOOKS[name].ascending, dtype=torch.uint8, device=device)
+    return torch.tensor(_ALL[name].ascending, dtype=torch.uint8, device=device)

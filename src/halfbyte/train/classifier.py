@@ -49,6 +49,7 @@ class ClassifierTrainer(Guards):
         folder: Path,
         callbacks: list[TrainerCallback],
     ) -> None:
+        self.recipe = recipe
         super().__init__(
             model=model,
             args=TrainingArguments(include_num_input_tokens_seen="non_padding", **options(recipe, folder, len(rows))),

@@ -28,6 +28,7 @@ import transformers
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.errors import NonFiniteError
+from halfbyte.train.optimizers import library_options, make_optimizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 class Guards(transformers.Trainer):
     """Stands in front of a library's trainer in the list of base classes."""
+
+    recipe: Recipe  # set by the trainer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,6 +69,13 @@ class Guards(transformers.Trainer):
         if self.args.fp16 and self.accelerator.device.type == "cpu":
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's."""
+        chosen: Any = self.model if model is None else model
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.recipe, chosen, self.get_decay_parameter_names(chosen))
+        return super().create_optimizer(model)
 
     def compute_loss(
         self,
@@ -164,7 +174,7 @@ def options(recipe: Recipe, folder: Path, rows: int) -> dict[str, Any]:
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,
-        "optim": "adamw_torch",
+        **library_options(recipe),
         "bf16": recipe.compute_dtype == "bfloat16",
         "fp16": recipe.compute_dtype == "float16",
         "use_cpu": not torch.cuda.is_available(),

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from halfbyte.errors import RecipeError, nearest
@@ -26,6 +27,17 @@ from halfbyte.formats import BLOCK_SIZES, FORMATS
 
 Method = Literal["qlora", "lora", "full"]
 TaskName = Literal["causal-lm", "sequence-classification"]
+OptimizerName = Literal["adamw", "adamw_8bit", "adamw_4bit", "galore_adamw", "galore_adamw_8bit"]
+# What transformers and bitsandbytes call them; a name that begins with "paged_" also says so.
+OPTIMIZER_ALIASES = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adamw_32bit": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_torch_8bit": "adamw_8bit",
+    "adamw_torch_4bit": "adamw_4bit",
+}
 PATH_KEYS = ("model_name_or_path", "output_dir", "dataset", "eval_dataset")
 
 
@@ -83,7 +95,12 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    optim: Literal["adamw"] = "adamw"
+    optim: OptimizerName = Field(
+        "adamw", description="AdamW with 32, 8 or 4 bits of state; galore_adamw: full fine-tuning only"
+    )
+    paged: Literal["none", "host", "file"] = Field(
+        "none", description="where optimizer state lies when not in memory: host (CUDA) or file (CPU)"
+    )
 
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="measure the loss on eval_dataset every so many steps")
@@ -95,6 +112,20 @@ class Recipe(BaseModel):
         if isinstance(value, str) and value not in ("all-linear", "attention"):
             return (value,)
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_optimizers(cls, values: Any) -> Any:
+        """Names from other libraries become ours."""
+        name = values.get("optim") if isinstance(values, dict) else None
+        if not isinstance(name, str):
+            return values
+        plain = name.removeprefix("paged_")
+        ours = OPTIMIZER_ALIASES.get(plain, plain)
+        if ours not in get_args(OptimizerName):
+            return values
+        paged = {"paged": "host" if torch.cuda.is_available() else "file"} if plain != name else {}
+        return {**paged, **values, "optim": ours}
 
     @field_validator("format")
     @classmethod
@@ -180,6 +211,18 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append("eval_metric is 'accuracy' but task is 'causal-lm', whose answers are texts; choose exact_match.")
     if metric == "exact_match" and task == "sequence-classification":
         found.append("eval_metric is 'exact_match' but task is 'sequence-classification'; choose accuracy.")
+    optim, paged = values.get("optim"), values.get("paged")
+    if isinstance(optim, str) and optim.startswith("galore"):
+        method = values.get("method", Recipe.model_fields["method"].default)
+        if method not in ("full", None):
+            found.append(
+                f"optim is {optim!r}, which projects whole matrices, but method is {method!r}; choose adamw_8bit, or "
+                "method full."
+            )
+        if paged not in ("none", None):
+            found.append(f"paged is {paged!r}, but {optim} is not ours to page; choose none.")
+    if isinstance(optim, str) and optim.startswith("paged_") and paged == "none":
+        found.append(f"optim is {optim!r} but paged is 'none'; choose host or file, or leave it out.")
     if not values.get("eval_dataset"):
         for key in ("eval_metric", "eval_steps"):
             if values.get(key) not in (None, Recipe.model_fields[key].default):

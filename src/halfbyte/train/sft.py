@@ -32,6 +32,7 @@ from halfbyte import env
 from halfbyte.errors import CheckpointError, RequestError
 from halfbyte.tensor import QuantizedTensor
 from halfbyte.train.memory import PeakMemory
+from halfbyte.train.optimizers import check_optimizer
 from halfbyte.train.progress import Metrics
 from halfbyte.train.recipe import Recipe, is_hub_name
 from halfbyte.train.targets import check_targets, outline, trainable_report
@@ -97,6 +98,7 @@ def check_request(recipe: Recipe) -> Inputs:
 
     from halfbyte.models import check_model_folder, load_tokenizer
 
+    check_optimizer(recipe)
     task = TASKS[recipe.task](recipe)
     if not is_hub_name(recipe.model_name_or_path):
         check_model_folder(recipe.model_name_or_path)

@@ -82,6 +82,7 @@ class Trainer(Guards, ModelLoss):
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         # trl rounds the masters of a model that calls itself 4-bit to bfloat16; see Precision in the guards.
         masters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        self.recipe = recipe
         super().__init__(
             model=model,
             args=SFTConfig(

@@ -1,0 +1,129 @@
+// AdamW over many tensors: cuts all of them into pieces and hands those to threads. Also the tables that every
+// instruction set's kernel shares.
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "scalar.h"
+
+namespace halfbyte {
+namespace {
+
+// Elements of a piece, and pieces that a thread takes at once. One tensor may be smaller than a piece and another one
+// thousands of them: pieces of all tensors are numbered through, so that the threads share all of the work evenly.
+constexpr int64_t kPiece = 4096;
+constexpr int64_t kPiecesAtOnce = 4;
+
+int64_t pieces_of(const hb_adamw_tensor &t) { return (t.count + kPiece - 1) / kPiece; }
+
+// Calls body(tensor number, piece number, first element, elements) for every piece of the tensors that `wanted` says.
+template <class Wanted, class Body>
+void for_each_piece(int threads, const hb_adamw_tensor *tensors, int64_t count, Wanted wanted, Body body) {
+    std::vector<int64_t> first(size_t(count) + 1);  // piece number that each tensor begins with
+    for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + (wanted(tensors[i]) ? pieces_of(tensors[i]) : 0);
+    const int64_t *const begins = first.data();
+    parallel_for(threads, begins[count], kPiecesAtOnce, [=](int64_t piece, int64_t last) {
+        int64_t tensor = std::upper_bound(begins, begins + count + 1, piece) - begins - 1;
+        for (; piece < last; ++piece) {
+            while (piece >= begins[tensor + 1]) ++tensor;
+            const int64_t at = (piece - begins[tensor]) * kPiece;
+            body(tensor, piece, at, std::min(kPiece, tensors[tensor].count - at));
+        }
+    });
+}
+
+bool has_rank_one(const hb_adamw_tensor &t) { return t.columns > 0; }
+bool any_tensor(const hb_adamw_tensor &) { return true; }
+
+// Magnitudes of a map's non-negative entries -> buckets. `mantissa` bits make a bucket narrower than any gap.
+struct BucketTable {
+    std::vector<int32_t> entries;
+    DynamicBuckets buckets;
+
+    BucketTable(const float *values, int count, int mantissa) {
+        std::vector<float> thresholds;
+        for (int i = 0; i + 1 < count; ++i) thresholds.push_back((values[i] + values[i + 1]) / 2);
+        const int shift = 23 - mantissa;
+        const int32_t first = int32_t(bits_of(thresholds.front()) >> shift) - 1;  // the first bucket is an empty one
+        const int32_t last = int32_t(bits_of(1.0f) >> shift);
+        size_t below = 0;
+        for (int32_t bucket = first; bucket <= last; ++bucket) {
+            uint32_t inside = 1u << shift;  // lower bits, even one more, are never above it
+            const size_t rank = below;
+            if (below < thresholds.size() && int32_t(bits_of(thresholds[below]) >> shift) == bucket) {
+                inside = bits_of(thresholds[below++]) & (inside - 1);
+            }
+            entries.push_back(int32_t(uint32_t(rank) << 24 | inside));
+        }
+        buckets = {shift, first, last, entries.data()};
+    }
+};
+
+}  // namespace
+
+const DynamicBuckets &signed_buckets() {
+    static const BucketTable table(kScaleTable8 + 127, 129, 6);  // entry 127 is zero
+    return table.buckets;
+}
+
+const DynamicBuckets &unsigned_buckets() {
+    static const BucketTable table(kUnsignedDynamic, 256, 7);
+    return table.buckets;
+}
+
+}  // namespace halfbyte
+
+using namespace halfbyte;
+
+int hb_adamw(int threads, const hb_adamw_tensor *tensors, int64_t count, const hb_adamw_options *options) try {
+    const AdamW &kernel = kernels().adamw;
+    std::vector<RankOne> next(size_t(count), RankOne{nullptr, nullptr});
+    int64_t size = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        if (has_rank_one(tensors[i])) size += tensors[i].count / tensors[i].columns + tensors[i].columns;
+    }
+    std::vector<uint32_t> scales(size_t(size), 0);
+    uint32_t *free = scales.data();
+    for (int64_t i = 0; i < count; ++i) {
+        if (!has_rank_one(tensors[i])) continue;
+        const int64_t rows = tensors[i].count / tensors[i].columns;
+        next[i] = {free, free + rows};
+        free += rows + tensors[i].columns;
+    }
+    const RankOne *const scale = next.data();
+    for_each_piece(threads, tensors, count, has_rank_one, [=](int64_t i, int64_t, int64_t at, int64_t elements) {
+        kernel.rank_one(tensors[i], options[tensors[i].options], scale[i], at, elements);
+    });
+    for_each_piece(threads, tensors, count, any_tensor, [=](int64_t i, int64_t, int64_t at, int64_t elements) {
+        kernel.run(tensors[i], options[tensors[i].options], scale[i], at, elements);
+    });
+    for (int64_t i = 0; i < count; ++i) {
+        if (!has_rank_one(tensors[i])) continue;
+        std::memcpy(tensors[i].scale2, next[i].rows, size_t(tensors[i].count / tensors[i].columns) * sizeof(float));
+        std::memcpy(tensors[i].scale2_columns, next[i].columns, size_t(tensors[i].columns) * sizeof(float));
+    }
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+
+int hb_adamw_norms(int threads, const hb_adamw_tensor *tensors, int64_t count, double *sums) try {
+    const AdamW &kernel = kernels().adamw;
+    int64_t pieces = 0;
+    for (int64_t i = 0; i < count; ++i) pieces += pieces_of(tensors[i]);
+    std::vector<double> parts(size_t(pieces), 0.0);
+    double *const part = parts.data();
+    for_each_piece(threads, tensors, count, any_tensor, [=](int64_t i, int64_t piece, int64_t at, int64_t elements) {
+        part[piece] = kernel.sum_of_squares(tensors[i], at, elements);
+    });
+    for (int64_t i = 0, piece = 0; i < count; ++i) {
+        sums[i] = 0;
+        for (int64_t end = piece + pieces_of(tensors[i]); piece < end; ++piece) sums[i] += part[piece];
+    }
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}

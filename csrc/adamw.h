@@ -1,0 +1,428 @@
+// One AdamW step of one range of one tensor, for any instruction set. See scalar.h for the unnamed namespace.
+//
+// A block of 256 elements (128 of 4-bit codes) goes through five stages whose arrays stay in the first-level cache: load the
+// gradient, decode both moments, update, encode both moments, store the parameter. Each byte of memory is read once and
+// written once. The arithmetic is that of kernels/reference/adamw.py, rounding by rounding, so that every instruction
+// set gives the same bits; a last vector that is not full is padded with zeros, which change no maximum.
+//
+// Lanes is the instruction set: `width` floats F and as many integers I.
+#pragma once
+
+#include "optimizer.h"
+#include "scalar.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr float kTiny = 1e-38f;
+
+// A random 32-bit number for element i of a tensor in a step: a hash of a counter, so that it depends on nothing else.
+// The two multipliers are those of lowbias32 (Chris Wellons), the first one is 2^32 divided by the golden ratio.
+constexpr uint32_t kHash1 = 0x9e3779b1, kHash2 = 0x7feb352d, kHash3 = 0x846ca68b;
+
+// Elements between what is computed and what is fetched from memory. 16.7 M parameters with 8-bit states took 27.5 ms
+// without fetching, 28.0 with 256 or 512 elements ahead and 20.7 with 1024, on two cores of an Intel Xeon with AMX.
+constexpr int64_t kAhead = 1024;
+
+// What a stage works on; padded to whole vectors of any width.
+struct Buffers {
+    alignas(64) float param[kAdamWBlock], grad[kAdamWBlock], moment1[kAdamWBlock], moment2[kAdamWBlock];
+    alignas(64) float scale[kAdamWBlock];
+    alignas(64) uint8_t codes[kAdamWBlock];
+};
+
+template <class Lanes>
+struct AdamWStep {
+    using F = typename Lanes::F;
+    using I = typename Lanes::I;
+    static constexpr int64_t kWidth = Lanes::width;
+
+    static int64_t padded(int64_t count) { return (count + kWidth - 1) / kWidth * kWidth; }
+
+    // x [count] of `dtype` as floats: where they lie when nothing has to be converted or padded, else in `buffer`.
+    static const float *floats(const void *x, int dtype, int64_t at, int64_t count, float *buffer) {
+        if (dtype == HB_FLOAT32) {
+            const float *source = static_cast<const float *>(x) + at;
+            if (count % kWidth == 0) return source;
+            std::memcpy(buffer, source, size_t(count) * 4);
+        } else {
+            const uint16_t *source = static_cast<const uint16_t *>(x) + at;
+            int64_t i = 0;
+            for (; i + kWidth <= count; i += kWidth) Lanes::store(buffer + i, Lanes::load_bf16(source + i));
+            for (; i < count; ++i) buffer[i] = to_float(bfloat16{source[i]});
+        }
+        for (int64_t i = count; i < padded(count); ++i) buffer[i] = 0;
+        return buffer;
+    }
+
+    // The second moment's update, alone because 4-bit states need it twice.
+    static F second(const hb_adamw_options &o, F moment2, F grad) {
+        return Lanes::fma(Lanes::mul(grad, Lanes::set(o.weight2)), grad, Lanes::mul(moment2, Lanes::set(o.beta2)));
+    }
+
+    // Both moments and the parameter of one vector. kLerp: the first moment as torch's fused AdamW computes it
+    // (m + (1 - beta1)(g - m)); otherwise as bitsandbytes does (beta1 m + (1 - beta1) g), and without a second division.
+    template <bool kLerp>
+    static F update(const hb_adamw_options &o, F param, F grad, F &moment1, F &moment2) {
+        grad = Lanes::mul(grad, Lanes::set(o.grad_scale));
+        if (!kLerp) {
+            moment1 = Lanes::fma(grad, Lanes::set(o.weight1), Lanes::mul(moment1, Lanes::set(o.beta1)));
+        } else if (o.weight1 < 0.5f) {
+            moment1 = Lanes::fma(Lanes::set(o.weight1), Lanes::sub(grad, moment1), moment1);
+        } else {
+            moment1 = Lanes::fma(Lanes::set(o.weight1 - 1.0f), Lanes::sub(grad, moment1), grad);
+        }
+        moment2 = second(o, moment2, grad);
+        const F root = kLerp ? Lanes::div(Lanes::sqrt(moment2), Lanes::set(o.correction2))
+                             : Lanes::mul(Lanes::sqrt(moment2), Lanes::set(o.inverse2));
+        const F step = Lanes::div(Lanes::mul(Lanes::set(o.step_size), moment1), Lanes::add(root, Lanes::set(o.eps)));
+        return Lanes::add(Lanes::mul(param, Lanes::set(o.decay)), step);
+    }
+
+    // Moments that are read where they lie, and moments that are decoded as they are needed: while the divider works on
+    // one vector, the lookups of the next ones go on beside it.
+    struct Stored {
+        const float *moment1, *moment2;
+        F first(int64_t i) const { return Lanes::load(moment1 + i); }
+        F second(int64_t i) const { return Lanes::load(moment2 + i); }
+    };
+    struct Coded {
+        const uint8_t *codes1, *codes2;
+        F absmax1, absmax2;
+        F first(int64_t i) const {
+            return Lanes::mul(Lanes::gather(kScaleTable8, Lanes::load_bytes(codes1 + i)), absmax1);
+        }
+        F second(int64_t i) const {
+            return Lanes::mul(Lanes::gather(kUnsignedDynamic, Lanes::load_bytes(codes2 + i)), absmax2);
+        }
+    };
+
+    // param, grad, moments [count, padded] -> the same; returns the largest magnitudes.
+    template <bool kLerp, class Moments>
+    static void update_all(const hb_adamw_options &o, int64_t count, const float *param, const float *grad,
+                           const Moments &moments, float *param_out, float *moment1, float *moment2, float *largest1,
+                           float *largest2) {
+        F most1 = Lanes::set(0), most2 = Lanes::set(0);
+        for (int64_t i = 0; i < count; i += kWidth) {
+            F m = moments.first(i), v = moments.second(i);
+            const F p = update<kLerp>(o, Lanes::load(param + i), Lanes::load(grad + i), m, v);
+            Lanes::store(param_out + i, p);
+            Lanes::store(moment1 + i, m);
+            Lanes::store(moment2 + i, v);
+            most1 = Lanes::max(most1, Lanes::abs(m));
+            most2 = Lanes::max(most2, v);
+        }
+        *largest1 = Lanes::largest(most1);
+        *largest2 = Lanes::largest(most2);
+    }
+
+    // codes [count] of an 8-bit map -> floats [count, padded].
+    static void decode8(const uint8_t *codes, const float *map, float absmax, int64_t count, float *out) {
+        const F scale = Lanes::set(absmax);
+        int64_t i = 0;
+        for (; i + kWidth <= count; i += kWidth) {
+            Lanes::store(out + i, Lanes::mul(Lanes::gather(map, Lanes::load_bytes(codes + i)), scale));
+        }
+        for (; i < count; ++i) out[i] = map[codes[i]] * absmax;
+        for (; i % kWidth; ++i) out[i] = 0;
+    }
+
+    // x [count, padded] / absmax -> the nearest codes. A whole block multiplies by the reciprocal, a partial one divides:
+    // formats/blockwise.py says why.
+    template <bool kSigned>
+    static void encode8(const float *x, float absmax, bool whole, int64_t count, uint8_t *codes) {
+        const DynamicBuckets buckets = kSigned ? signed_buckets() : unsigned_buckets();
+        const float held = absmax < kTiny ? kTiny : absmax;
+        const F factor = Lanes::set(whole ? 1.0f / held : held);
+        uint8_t last[kWidth];
+        for (int64_t i = 0; i < count; i += kWidth) {
+            const F value = Lanes::load(x + i);
+            const F ratio = whole ? Lanes::mul(value, factor) : Lanes::div(value, factor);
+            const I code = nearest<kSigned>(buckets, ratio);
+            if (i + kWidth <= count) {
+                Lanes::store_bytes(codes + i, code);
+            } else {
+                Lanes::store_bytes(last, code);
+                std::memcpy(codes + i, last, size_t(count - i));
+            }
+        }
+    }
+
+    // The code of the nearest entry of a dynamic map; a tie goes to the lower value. See DynamicBuckets.
+    template <bool kSigned>
+    static I nearest(const DynamicBuckets &buckets, F x) {
+        const I bits = Lanes::as_integers(x), magnitude = Lanes::band(bits, Lanes::seti(0x7fffffff));
+        const I held = Lanes::maxi(Lanes::seti(buckets.first << buckets.shift),
+                                   Lanes::mini(magnitude, Lanes::seti(buckets.last << buckets.shift)));
+        const I entry = Lanes::gather(
+            buckets.entries, Lanes::subi(Lanes::shift_right(held, buckets.shift), Lanes::seti(buckets.first)));
+        const I low = Lanes::band(held, Lanes::seti((1 << buckets.shift) - 1));
+        const I rank = Lanes::shift_right(entry, 24), threshold = Lanes::band(entry, Lanes::seti(0xffffff));
+        if (!kSigned) return Lanes::add_if_greater(rank, low, threshold);
+        // Of a negative number the lower value is the one further from zero: a tie counts as above the threshold.
+        const I sign = Lanes::shift_right(bits, 31);
+        const I far = Lanes::add_if_greater(rank, Lanes::addi(low, sign), threshold);
+        const I below = Lanes::subi(Lanes::seti(127), Lanes::mini(far, Lanes::seti(127)));
+        return Lanes::choose(sign, below, Lanes::addi(far, Lanes::seti(127)));
+    }
+
+    // The updated parameters of elements [at, at + count), from `updated` to where they live.
+    static void store_param(const hb_adamw_tensor &t, const float *updated, int64_t at, int64_t count) {
+        if (t.master) {
+            std::memcpy(t.master + at, updated, size_t(count) * 4);
+            bfloat16 *target = static_cast<bfloat16 *>(t.param) + at;
+            for (int64_t i = 0; i < count; ++i) store(target + i, updated[i]);
+        } else if (t.param_dtype == HB_FLOAT32) {
+            float *target = static_cast<float *>(t.param) + at;
+            if (target != updated) std::memcpy(target, updated, size_t(count) * 4);
+        } else {
+            round_stochastically(t, updated, at, count);
+        }
+    }
+
+    // float -> bfloat16, up with the probability of the fraction that is cut off. A number that is not finite, or that
+    // rounding up would make infinite, is cut.
+    static void round_stochastically(const hb_adamw_tensor &t, const float *x, int64_t at, int64_t count) {
+        uint16_t *target = static_cast<uint16_t *>(t.param) + at;
+        for (int64_t i = 0; i < count; ++i) {
+            uint32_t hash = (uint32_t(t.first + at + i) * kHash1) ^ t.key[0];
+            hash = (hash ^ hash >> 16) * kHash2;
+            hash = (hash ^ hash >> 15 ^ t.key[1]) * kHash3;
+            const uint32_t bits = bits_of(x[i]), magnitude = bits & 0x7fffffff;
+            const uint32_t noise = magnitude >= 0x7f7f0000 ? 0 : hash >> 16;
+            target[i] = uint16_t((bits + noise) >> 16);
+        }
+    }
+
+    static const float *params(const hb_adamw_tensor &t, int64_t at, int64_t count, float *buffer) {
+        if (t.master) return floats(t.master, HB_FLOAT32, at, count, buffer);
+        return floats(t.param, t.param_dtype, at, count, buffer);
+    }
+
+    // Where an update may be written at once: in place, unless it has to be rounded or the last vector is padded.
+    static float *param_target(const hb_adamw_tensor &t, int64_t at, int64_t count, float *buffer) {
+        const bool direct = !t.master && t.param_dtype == HB_FLOAT32 && count % kWidth == 0;
+        return direct ? static_cast<float *>(t.param) + at : buffer;
+    }
+
+    static void block_float(const hb_adamw_tensor &t, const hb_adamw_options &o, int64_t at, int64_t count,
+                            Buffers &b) {
+        float *const m = static_cast<float *>(t.state1) + at, *const v = static_cast<float *>(t.state2) + at;
+        const bool direct = count % kWidth == 0;
+        float *const target = param_target(t, at, count, b.param), unused1, unused2;
+        const Stored stored{floats(m, HB_FLOAT32, 0, count, b.moment1), floats(v, HB_FLOAT32, 0, count, b.moment2)};
+        update_all<true>(o, count, params(t, at, count, b.param), floats(t.grad, t.grad_dtype, at, count, b.grad),
+                         stored, target, direct ? m : b.moment1, direct ? v : b.moment2, &unused1, &unused2);
+        if (!direct) {
+            std::memcpy(m, b.moment1, size_t(count) * 4);
+            std::memcpy(v, b.moment2, size_t(count) * 4);
+        }
+        store_param(t, target, at, count);
+    }
+
+    static void block8(const hb_adamw_tensor &t, const hb_adamw_options &o, int64_t at, int64_t count, Buffers &b) {
+        uint8_t *const codes1 = static_cast<uint8_t *>(t.state1) + at;
+        uint8_t *const codes2 = static_cast<uint8_t *>(t.state2) + at;
+        float &absmax1 = t.scale1[at / kAdamWBlock], &absmax2 = t.scale2[at / kAdamWBlock];
+        const bool whole = count == kAdamWBlock;
+        float *const target = param_target(t, at, count, b.param);
+        const float *const param = params(t, at, count, b.param);
+        const float *const grad = floats(t.grad, t.grad_dtype, at, count, b.grad);
+        float largest1, largest2;
+        if (whole) {
+            const Coded coded{codes1, codes2, Lanes::set(absmax1), Lanes::set(absmax2)};
+            update_all<false>(o, count, param, grad, coded, target, b.moment1, b.moment2, &largest1, &largest2);
+        } else {
+            decode8(codes1, kScaleTable8, absmax1, count, b.moment1);
+            decode8(codes2, kUnsignedDynamic, absmax2, count, b.moment2);
+            const Stored stored{b.moment1, b.moment2};
+            update_all<false>(o, count, param, grad, stored, target, b.moment1, b.moment2, &largest1, &largest2);
+        }
+        absmax1 = whole ? largest1 : std::max(largest1, kTiny);
+        absmax2 = whole ? largest2 : std::max(largest2, kTiny);
+        encode8<true>(b.moment1, largest1, whole, count, codes1);
+        encode8<false>(b.moment2, largest2, whole, count, codes2);
+        store_param(t, target, at, count);
+    }
+
+    // Codes [count] as bytes from nibbles, the earlier element in the upper one; `at` is even.
+    static void unpack4(const void *packed, int64_t at, int64_t count, uint8_t *codes) {
+        const uint8_t *bytes = static_cast<const uint8_t *>(packed) + at / 2;
+        for (int64_t i = 0; i < count / 2; ++i) {
+            codes[2 * i] = bytes[i] >> 4;
+            codes[2 * i + 1] = bytes[i] & 15;
+        }
+        if (count % 2) codes[count - 1] = bytes[count / 2] >> 4;
+    }
+
+    // `pad` is the code after an odd count.
+    static void pack4(uint8_t *codes, uint8_t pad, int64_t at, int64_t count, void *packed) {
+        uint8_t *bytes = static_cast<uint8_t *>(packed) + at / 2;
+        if (count % 2) codes[count] = pad;
+        for (int64_t i = 0; i < (count + 1) / 2; ++i) bytes[i] = uint8_t(codes[2 * i] << 4 | codes[2 * i + 1]);
+    }
+
+    // x [count, padded] / scale [count, padded] -> nearest codes of a 4-bit map, by counting the thresholds below.
+    static void encode4(const float *x, const float *scale, const float *thresholds, int64_t count, uint8_t *codes) {
+        for (int64_t i = 0; i < count; i += kWidth) {
+            const F ratio = Lanes::div(Lanes::load(x + i), Lanes::max(Lanes::load(scale + i), Lanes::set(kTiny)));
+            I rank = Lanes::seti(0);
+            for (int k = 0; k < 15; ++k) rank = Lanes::add_if_greater(rank, ratio, Lanes::set(thresholds[k]));
+            Lanes::store_bytes(codes + i, rank);
+        }
+    }
+
+    static void fill(float value, int64_t count, float *out) {
+        for (int64_t i = 0; i < padded(count); ++i) out[i] = value;
+    }
+
+    // Calls segment(row, column, index, length) for the pieces of rows that elements [at, at + count) consist of.
+    template <class Segment>
+    static void for_each_row(int64_t columns, int64_t at, int64_t count, Segment segment) {
+        for (int64_t i = 0; i < count;) {
+            const int64_t row = (at + i) / columns, column = (at + i) % columns;
+            const int64_t length = std::min(columns - column, count - i);
+            segment(row, column, i, length);
+            i += length;
+        }
+    }
+
+    // The scales of second moments [at, at + count): the smaller of row's and column's, or the block's.
+    template <class Scale>
+    static void second_scales(const hb_adamw_tensor &t, const Scale *rows, const Scale *columns, int64_t at,
+                              int64_t count, float *out) {
+        fill(0, count, out);
+        for_each_row(t.columns, at, count, [=](int64_t row, int64_t column, int64_t i, int64_t length) {
+            const float of_row = as_float(rows[row]);
+            for (int64_t k = 0; k < length; ++k) out[i + k] = std::min(of_row, as_float(columns[column + k]));
+        });
+    }
+    static float as_float(float x) { return x; }
+    static float as_float(uint32_t x) { return float_of(x); }
+
+    // Second moments [at, at + count) as they are stored -> b.moment2; b.scale and b.codes are used on the way.
+    static void decode_second4(const hb_adamw_tensor &t, int64_t at, int64_t count, Buffers &b) {
+        if (t.columns) {
+            second_scales(t, t.scale2, t.scale2_columns, at, count, b.scale);
+        } else {
+            fill(t.scale2[at / kAdamWBlock4], count, b.scale);
+        }
+        unpack4(t.state2, at, count, b.codes);
+        for (int64_t i = count; i < padded(count); ++i) b.codes[i] = 0;
+        for (int64_t i = 0; i < count; i += kWidth) {
+            const F value = Lanes::gather(kLinear4, Lanes::load_bytes(b.codes + i));
+            Lanes::store(b.moment2 + i, Lanes::mul(value, Lanes::load(b.scale + i)));
+        }
+        for (int64_t i = count; i < padded(count); ++i) b.moment2[i] = 0;
+    }
+
+    static void block4(const hb_adamw_tensor &t, const hb_adamw_options &o, const RankOne &next, int64_t at,
+                       int64_t count, Buffers &b) {
+        float &absmax1 = t.scale1[at / kAdamWBlock4];
+        unpack4(t.state1, at, count, b.codes);
+        decode8(b.codes, kDynamic4, absmax1, count, b.moment1);
+        decode_second4(t, at, count, b);
+        float *const target = param_target(t, at, count, b.param);
+        float largest1, largest2;
+        update_all<false>(o, count, params(t, at, count, b.param), floats(t.grad, t.grad_dtype, at, count, b.grad),
+                          Stored{b.moment1, b.moment2}, target, b.moment1, b.moment2, &largest1, &largest2);
+        absmax1 = largest1;
+        fill(largest1, count, b.scale);
+        encode4(b.moment1, b.scale, kDynamic4Thresholds, count, b.codes);
+        pack4(b.codes, 7, at, count, t.state1);  // entry 7 is zero
+        if (t.columns) {
+            second_scales(t, next.rows, next.columns, at, count, b.scale);
+        } else {
+            t.scale2[at / kAdamWBlock4] = largest2;
+            fill(largest2, count, b.scale);
+        }
+        encode4(b.moment2, b.scale, kLinear4Thresholds, count, b.codes);
+        pack4(b.codes, 0, at, count, t.state2);
+        store_param(t, target, at, count);
+    }
+
+    static void raise(uint32_t *slot, float value) {
+        const uint32_t bits = bits_of(value);
+        uint32_t held = __atomic_load_n(slot, __ATOMIC_RELAXED);
+        while (bits > held &&
+               !__atomic_compare_exchange_n(slot, &held, bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        }
+    }
+
+    static void rank_one(const hb_adamw_tensor &t, const hb_adamw_options &o, const RankOne &next, int64_t at,
+                         int64_t count) {
+        Buffers b;
+        for (const int64_t end = at + count; at < end; at += kAdamWBlock4) {
+            const int64_t size = std::min(kAdamWBlock4, end - at);
+            decode_second4(t, at, size, b);
+            const float *grad = floats(t.grad, t.grad_dtype, at, size, b.grad);
+            for (int64_t i = 0; i < size; i += kWidth) {
+                const F scaled = Lanes::mul(Lanes::load(grad + i), Lanes::set(o.grad_scale));
+                Lanes::store(b.moment2 + i, second(o, Lanes::load(b.moment2 + i), scaled));
+            }
+            for_each_row(t.columns, at, size, [&](int64_t row, int64_t column, int64_t i, int64_t length) {
+                const float *values = b.moment2 + i;
+                float most = 0;
+                for (int64_t k = 0; k < length; ++k) most = std::max(most, values[k]);
+                raise(next.rows + row, most);
+                for (int64_t k = 0; k < length; ++k) raise(next.columns + column + k, values[k]);
+            });
+        }
+    }
+
+    static void fetch(const void *data, int64_t at, int64_t count, int bits) {
+        const char *const begin = static_cast<const char *>(data) + at * bits / 8;
+        for (int64_t i = 0; i < count * bits / 8; i += 64) __builtin_prefetch(begin + i, 1);
+    }
+
+    // The stages of a block read their arrays one after the other and compute in between, which the processor's own
+    // prefetching follows badly.
+    static void fetch_ahead(const hb_adamw_tensor &t, int64_t at, int64_t count) {
+        const int bits = t.state == HB_STATE_FLOAT32 ? 32 : t.state == HB_STATE_8BIT ? 8 : 4;
+        fetch(t.master ? t.master : t.param, at, count, t.master || t.param_dtype == HB_FLOAT32 ? 32 : 16);
+        fetch(t.grad, at, count, t.grad_dtype == HB_FLOAT32 ? 32 : 16);
+        fetch(t.state1, at, count, bits);
+        fetch(t.state2, at, count, bits);
+    }
+
+    // Elements [at, at + count) of a tensor; `at` is a multiple of a block.
+    static void run(const hb_adamw_tensor &t, const hb_adamw_options &o, const RankOne &next, int64_t at,
+                    int64_t count) {
+        Buffers b;
+        const int64_t block = t.state == HB_STATE_4BIT ? kAdamWBlock4 : kAdamWBlock;
+        for (const int64_t end = at + count; at < end; at += block) {
+            const int64_t size = std::min(block, end - at);
+            fetch_ahead(t, at + kAhead, std::min(block, t.count - at - kAhead));
+            switch (t.state) {
+                case HB_STATE_FLOAT32: block_float(t, o, at, size, b); break;
+                case HB_STATE_8BIT: block8(t, o, at, size, b); break;
+                default: block4(t, o, next, at, size, b);
+            }
+        }
+    }
+
+    // The sum of squares of grad [at, at + count), in float64: sixteen sums, one for each position modulo 16, are added in
+    // a fixed order. The square of a float is exact in float64, so every instruction set gives the same sum.
+    static double sum_of_squares(const hb_adamw_tensor &t, int64_t at, int64_t count) {
+        Buffers b;
+        double sums[16] = {};
+        for (const int64_t end = at + count; at < end; at += kAdamWBlock) {
+            const int64_t size = std::min(kAdamWBlock, end - at);
+            const float *grad = floats(t.grad, t.grad_dtype, at, size, b.grad);
+            int64_t i = 0;
+            for (; i + 16 <= size; i += 16) {
+                for (int j = 0; j < 16; ++j) sums[j] += double(grad[i + j]) * double(grad[i + j]);
+            }
+            for (int j = 0; i + j < size; ++j) sums[j] += double(grad[i + j]) * double(grad[i + j]);
+        }
+        for (int half = 8; half; half /= 2) {
+            for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+        }
+        return sums[0];
+    }
+
+    static constexpr AdamW table() { return {run, rank_one, sum_of_squares}; }
+};
+
+}  // namespace
+}  // namespace halfbyte

@@ -1,0 +1,35 @@
+"""Which AdamW step runs: the native one on the CPU, Triton's on CUDA, the reference where there is neither.
+
+Like the ops of `registry`, by the same environment variable; a step is no torch op, since it changes lists of tensors
+in place and nothing traces it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from halfbyte import env
+from halfbyte.kernels import cpu
+from halfbyte.kernels.cpu.adamw import NativeBatch
+from halfbyte.kernels.reference.adamw import ReferenceBatch
+from halfbyte.kernels.slots import Batch, Slot
+
+
+def make_batch(slots: Sequence[Slot]) -> Batch:
+    """Slots of one device as one call.
+
+    Raises:
+        ShapeError: a state that does not belong to its parameter.
+    """
+    device = slots[0].param.device.type if slots else "cpu"
+    if env.kernels() == "reference":
+        return ReferenceBatch(slots)
+    native = cpu.native_library()
+    if device == "cpu" and isinstance(native, cpu.Native):
+        return NativeBatch(native, slots)
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        from halfbyte.kernels.triton.adamw import TritonBatch  # importing triton takes a second
+
+        return TritonBatch(slots)
+    return ReferenceBatch(slots)
