@@ -19,7 +19,7 @@ import copy
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +45,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
 
 # Measures a model on examples: the name of the metric and its value, "exact_match" -> 0.91. It comes from the caller,
 # since evaluation stands above training in the layer order.
-Evaluator = Callable[["PreTrainedModel", "PreTrainedTokenizerBase", Sequence[Any]], dict[str, float]]
+Evaluator = Callable[["PreTrainedModel", "PreTrainedTokenizerBase", Collection[Any]], dict[str, float]]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ would be another random number when the adapter is loaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from halfbyte import env
 from halfbyte.data import (
+    Examples,
     Renderer,
     Tokenized,
     label_names,
@@ -52,14 +54,14 @@ class Task(ABC):
 
     peft_type: ClassVar[str]
     labels: tuple[str, ...] = ()
-    examples: Sequence[Any]
-    eval_examples: Sequence[Any]
+    examples: Collection[Any]
+    eval_examples: Collection[Any]
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
     @abstractmethod
-    def tokenize(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+    def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """Rows of token ids and labels."""
 
     @abstractmethod
@@ -75,6 +77,14 @@ class Task(ABC):
         """What the summary says about the task."""
 
 
+def _read(read: Callable[..., Examples[Any]], recipe: Recipe) -> tuple[Examples[Any], Collection[Any]]:
+    """The training set, and what is measured on: rows held out of it, or those of `eval_dataset`."""
+    examples = read(recipe.dataset, seed=recipe.seed)
+    if recipe.eval_split is not None:
+        return examples.split(recipe.eval_split, recipe.seed)
+    return examples, read(recipe.eval_dataset, seed=recipe.seed) if recipe.eval_dataset else ()
+
+
 class Writing(Task):
     """causal-lm: supervised fine-tuning on conversations and plain texts."""
 
@@ -82,12 +92,17 @@ class Writing(Task):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.examples = read_examples(recipe.dataset)
-        self.eval_examples = read_examples(recipe.eval_dataset)
+        self.examples, self.eval_examples = _read(read_examples, recipe)
 
-    def tokenize(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+    def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """By the tokenizer's chat template."""
-        return tokenize(examples, Renderer(tokenizer), max_length=max_length, train_on=self.recipe.train_on)
+        return tokenize(
+            examples,
+            Renderer(tokenizer),
+            max_length=max_length,
+            train_on=self.recipe.train_on,
+            cache=env.cache_folder() / "tokens",
+        )
 
     def trainer(self) -> type[Guards]:
         """trl's, guarded."""
@@ -113,11 +128,10 @@ class Classifying(Task):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.examples = read_labelled(recipe.dataset)
-        self.eval_examples = read_labelled(recipe.eval_dataset)
+        self.examples, self.eval_examples = _read(read_labelled, recipe)
         self.labels = label_names(self.examples)
 
-    def tokenize(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+    def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """As the encoder was pretrained; no chat template."""
         return tokenize_labelled(examples, tokenizer, self.labels, max_length=max_length)
 
