@@ -11,6 +11,7 @@ One direction, one module for each step:
     examples.py        the rows of all sources as one sequence: checked, mixed by weight, split by seed
     render.py          messages become the text a model sees; the same renderer serves training and inference
     tokens.py          text becomes token ids and labels; what is not trained is known here, and nowhere later
+    packing.py         several rows in one, each of which sees only itself
     store.py           rows of token ids on disk, found again by what they were made from
 """
 
@@ -20,6 +21,7 @@ from halfbyte.data.conversations import Example, read_examples
 from halfbyte.data.examples import Examples
 from halfbyte.data.labels import LabelledText, label_names, read_labelled, tokenize_labelled
 from halfbyte.data.lengths import LengthReport, RowFacts, Tokenized
+from halfbyte.data.packing import check_isolation, pack
 from halfbyte.data.preferences import Judgment, Preference, read_judgments, read_preferences
 from halfbyte.data.problems import Problems
 from halfbyte.data.read import Row, read_rows
@@ -43,8 +45,10 @@ __all__ = [
     "RowFacts",
     "Source",
     "Tokenized",
+    "check_isolation",
     "is_hub_dataset",
     "label_names",
+    "pack",
     "pad_rows",
     "read_examples",
     "read_judgments",

@@ -57,7 +57,8 @@ class RowFacts:
     """What is known of each row of a token data set, by its place in it.
 
     Attributes:
-        origin: place of the row's example among the examples, int64; -1 for a block of text, which may have several.
+        origin: place of the row's example among the examples, int64; -1 for a block of text or a pack, which may hold
+            several.
         length: tokens before the row was cut, int32.
         trained: tokens that the loss is computed on, int32.
         fingerprint: equal for equal tokens, uint64.
@@ -75,11 +76,18 @@ class Tokenized:
 
     Its columns are `input_ids` and `labels`: one for each token, IGNORE where it is not trained, or one for the row,
     the index of its class. A tokenizer of pairs adds `token_type_ids`; packed rows add `position_ids`.
+
+    Attributes:
+        dataset: the rows.
+        report: what became of the examples.
+        facts: what is known of each row; None for labelled texts.
+        key: names what the rows were made from (see `halfbyte.data.store`); empty where they are not kept.
     """
 
     dataset: Dataset
     report: LengthReport
     facts: RowFacts | None = None
+    key: str = ""
 
 
 def length_report(

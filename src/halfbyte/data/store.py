@@ -52,7 +52,7 @@ def stored(cache: Path | None, key: str, build: Build) -> Tokenized:
     if cache is None:
         with tempfile.TemporaryDirectory() as folder:
             build(Path(folder))
-            return _open(Path(folder), in_memory=True)
+            return _open(Path(folder), key, in_memory=True)
     place = cache / key
     if not place.is_dir():
         try:
@@ -70,17 +70,17 @@ def stored(cache: Path | None, key: str, build: Build) -> Tokenized:
                 raise OutputError(f"the token cache {cache} cannot be written: {error.strerror}.") from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    return _open(place, in_memory=False)
+    return _open(place, key, in_memory=False)
 
 
-def _open(folder: Path, *, in_memory: bool) -> Tokenized:
+def _open(folder: Path, key: str, *, in_memory: bool) -> Tokenized:
     from datasets import Dataset
 
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     with np.load(folder / FACTS, allow_pickle=False) as arrays:
         facts = RowFacts(**{field.name: arrays[field.name] for field in fields(RowFacts)})
     dataset = Dataset.from_file(str(folder / ROWS), in_memory=in_memory)
-    return Tokenized(dataset, LengthReport(**{**report, "notes": tuple(report["notes"])}), facts)
+    return Tokenized(dataset, LengthReport(**{**report, "notes": tuple(report["notes"])}), facts, key)
 
 
 def write_facts(folder: Path, report: LengthReport, facts: RowFacts) -> None:

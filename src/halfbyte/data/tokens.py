@@ -240,8 +240,14 @@ class _Encoder:
 
 
 def _cut(ids: list[np.ndarray], trained: list[np.ndarray], origin: np.ndarray, max_length: int) -> _Chunk:
-    """Rows within `max_length`; those without a trained token in it are dropped."""
-    counts = [int(mask[1:max_length].sum()) for mask in trained]  # the first token of a row is never predicted
+    """Rows within `max_length`; those without a trained token in it are dropped.
+
+    The first token of a row is never predicted, so it has no label: behind padding on the left or behind another row it
+    would be asked of a token that knows nothing of it, and it would count in what the loss is divided by.
+    """
+    for mask in trained:
+        mask[:1] = False
+    counts = [int(mask[:max_length].sum()) for mask in trained]
     used = [index for index, count in enumerate(counts) if count]
     kept_ids = [ids[index][:max_length] for index in used]
     labels = [np.where(trained[index][:max_length], ids[index][:max_length], IGNORE) for index in used]

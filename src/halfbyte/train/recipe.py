@@ -66,6 +66,7 @@ class Recipe(BaseModel):
         description="loss on the answers (but for those in a given prompt), on every turn of the assistant, on its "
         "last turn, or on every token",
     )
+    packing: bool = Field(False, description="several rows in one of max_length, each of which sees only itself")
 
     format: str = Field("nf4", description="number format of the frozen base (qlora)")
     block_size: int = Field(64, description="weights that share a scale (qlora)")
@@ -222,6 +223,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         for key in ("eval_metric", "eval_steps"):
             if values.get(key) not in (None, Recipe.model_fields[key].default):
                 found.append(f"{key} is {values[key]!r} but eval_dataset is not set; name the file to measure on.")
+    if values.get("packing") and task != "causal-lm":
+        found.append(f"packing is true but task is {task!r}; only causal-lm rows can be packed.")
     return found
 
 

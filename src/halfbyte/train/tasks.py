@@ -23,7 +23,9 @@ from halfbyte.data import (
     Examples,
     Renderer,
     Tokenized,
+    check_isolation,
     label_names,
+    pack,
     read_examples,
     read_labelled,
     tokenize,
@@ -96,13 +98,13 @@ class Writing(Task):
 
     def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """By the tokenizer's chat template."""
-        return tokenize(
-            examples,
-            Renderer(tokenizer),
-            max_length=max_length,
-            train_on=self.recipe.train_on,
-            cache=env.cache_folder() / "tokens",
+        cache = env.cache_folder() / "tokens"
+        rows = tokenize(
+            examples, Renderer(tokenizer), max_length=max_length, train_on=self.recipe.train_on, cache=cache
         )
+        if self.recipe.packing and examples is self.examples:  # what is measured on stays as it is
+            rows = pack(rows, max_length, cache=cache)
+        return rows
 
     def trainer(self) -> type[Guards]:
         """trl's, guarded."""
@@ -111,7 +113,9 @@ class Writing(Task):
         return Trainer
 
     def settle(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Nothing."""
+        """Nothing; but a model that would let packed rows see each other is refused."""
+        if self.recipe.packing:
+            check_isolation(base)
 
     def facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Which chat template it was, and a question that the model can be asked afterwards."""
