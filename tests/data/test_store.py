@@ -92,7 +92,7 @@ def test_facts_are_those_of_the_rows(examples, tiny_tokenizer):
     assert data.facts.trained.tolist() == [sum(x != IGNORE for x in row) for row in labels]
     same = {}
     for n, print_ in zip(kept, data.facts.fingerprint.tolist(), strict=True):
-        assert same.setdefault(print_, whole[n].ids) == whole[n].ids
+        assert same.setdefault(print_, whole[n].ids.tolist()) == whole[n].ids.tolist()
     report = data.report
     lengths = np.array([len(row.ids) for row in whole])
     assert (report.rows, report.dropped) == (len(kept), len(whole) - len(kept))
@@ -149,3 +149,18 @@ def test_the_report_says_what_the_template_does(tiny_tokenizer):
     assert data.report.rows == 2
     assert "1 conversations became one row for each answer" in str(data.report)
     assert "1 rows have tools that the chat template does not show" in str(data.report)
+
+
+def test_a_prompt_that_ends_within_a_token_is_told(assets):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets / "models" / "stories260K")
+    talk = Example("row", ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The end"}))
+    assert Renderer(tokenizer).prompt_is_whole  # the default template
+    assert not tokenize([talk], Renderer(tokenizer), max_length=99, train_on="completion").report.notes
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    data = tokenize([talk], Renderer(tokenizer), max_length=99, train_on="completion")
+    assert "the chat template's prompt ends within a token" in str(data.report)

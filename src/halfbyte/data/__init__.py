@@ -12,6 +12,7 @@ One direction, one module for each step:
     render.py          messages become the text a model sees; the same renderer serves training and inference
     tokens.py          text becomes token ids and labels; what is not trained is known here, and nowhere later
     packing.py         several rows in one, each of which sees only itself
+    preview.py         rows as the model sees them, and the odd ones
     store.py           rows of token ids on disk, found again by what they were made from
 """
 
@@ -23,6 +24,7 @@ from halfbyte.data.labels import LabelledText, label_names, read_labelled, token
 from halfbyte.data.lengths import LengthReport, RowFacts, Tokenized
 from halfbyte.data.packing import check_isolation, pack
 from halfbyte.data.preferences import Judgment, Preference, read_judgments, read_preferences
+from halfbyte.data.preview import Oddity, odd_labels, odd_rows, shown_row
 from halfbyte.data.problems import Problems
 from halfbyte.data.read import Row, read_rows
 from halfbyte.data.render import IGNORE, Renderer
@@ -38,6 +40,7 @@ __all__ = [
     "LabelledText",
     "LengthReport",
     "Message",
+    "Oddity",
     "Preference",
     "Problems",
     "Renderer",
@@ -48,6 +51,8 @@ __all__ = [
     "check_isolation",
     "is_hub_dataset",
     "label_names",
+    "odd_labels",
+    "odd_rows",
     "pack",
     "pad_rows",
     "read_examples",
@@ -55,6 +60,7 @@ __all__ = [
     "read_labelled",
     "read_preferences",
     "read_rows",
+    "shown_row",
     "tokenize",
     "tokenize_labelled",
 ]

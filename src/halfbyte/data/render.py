@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from halfbyte.data.conversations import Example
 from halfbyte.data.problems import Problems
 from halfbyte.data.turns import Message, calls_as_text
@@ -37,20 +39,22 @@ if TYPE_CHECKING:
 IGNORE = -100  # the label of a token that is not trained; the value torch and transformers agree on
 
 # For tokenizers without a template, base models mostly. Plain words, since such a tokenizer has no role tokens, and an
-# end token after every answer, since without one nothing would teach the model to stop.
+# end token after every answer, since without one nothing would teach the model to stop. The prompt ends in a line break
+# and not in a space: most tokenizers join a space to the word behind it, and the first word of an answer would be half
+# given.
 DEFAULT_TEMPLATE = """\
 {{- bos_token or '' -}}
 {%- if tools -%}{{- 'Tools: ' + tools | tojson + '\\n' -}}{%- endif -%}
 {%- for message in messages -%}
   {%- if message['role'] == 'assistant' -%}
-    {{- 'Assistant: ' -}}
+    {{- 'Assistant:\\n' -}}
     {%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
     {{- '\\n' -}}
   {%- else -%}
     {{- message['role'] | capitalize + ': ' + message['content'] + '\\n' -}}
   {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'Assistant: ' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}
 """
 _MARKER = re.compile(r"\{%-?\s*generation\b")
 _QUESTION: Message = {"role": "user", "content": "a"}
@@ -72,10 +76,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row of token ids, and which of them are trained: two lists of equal length."""
+    """A row of token ids, int32, and which of them are trained, bool, equally long."""
 
-    ids: list[int]
-    trained: list[bool]
+    ids: np.ndarray
+    trained: np.ndarray
 
 
 class Renderer:
@@ -116,13 +120,27 @@ class Renderer:
             if not found:
                 raise
             return found
-        end = max(index for index, trained in enumerate(row.trained) if trained)
-        return list(dict.fromkeys([row.ids[end], *found]))
+        end = np.flatnonzero(row.trained)[-1]
+        return list(dict.fromkeys([int(row.ids[end]), *found]))
 
     @property
     def digest(self) -> str:
         """SHA-256 of the template, in hexadecimal: equal digests mean equal renderings."""
         return hashlib.sha256(self.template.encode()).hexdigest()
+
+    @cached_property
+    def prompt_is_whole(self) -> bool:
+        """Whether the tokens of a prompt are those that training shows before an answer.
+
+        Where the prompt ends within a token (a space that the tokenizer joins to the first word of the answer), a model
+        is asked through other tokens than it was trained on, and the first word of its answers was never trained.
+        """
+        talk = Example("", (_QUESTION, {"role": "assistant", "content": "The answer."}))
+        try:
+            prompt, row = self.ids(talk.messages[:1], prompt=True), self.training_rows(talk)[0]
+        except DataError:
+            return True  # told for each row
+        return row.ids[: int(row.trained.argmax())].tolist() == prompt
 
     @cached_property
     def shows_tools(self) -> bool:
@@ -199,12 +217,17 @@ class Renderer:
         """
         if not layouts:
             return []
-        texts = [layout.text for layout in layouts]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            [layout.text for layout in layouts],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
         rows = []
         for layout, ids, offsets in zip(layouts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             with problems.collect():
-                rows.append(self._row(layout, ids, offsets))
+                rows.append(self._row(layout, np.array(ids, np.int32), np.array(offsets, np.int32).reshape(-1, 2)))
         return rows
 
     def _writable(self, messages: Sequence[Message]) -> list[Message]:
@@ -284,39 +307,37 @@ class Renderer:
             )
         return Layout(example.where, whole, [span])
 
-    def _row(self, layout: Layout, ids: list[int], offsets: Sequence[Span]) -> Rendered:
-        trained = [layout.spans is None] * len(ids)
-        token = 0
-        for first, last in layout.spans or ():  # ascending
-            while token < len(ids) and offsets[token][1] <= last:
+    def _row(self, layout: Layout, ids: np.ndarray, offsets: np.ndarray) -> Rendered:
+        if layout.spans is None:
+            trained = np.ones(len(ids), dtype=bool)
+        else:
+            starts, ends = offsets.T
+            trained = np.zeros(len(ids), dtype=bool)
+            for first, last in layout.spans:
                 # A token that straddles the start of an answer holds a piece of the prompt: it is given, not asked for.
-                trained[token] = first <= offsets[token][0] < offsets[token][1]
-                token += 1
-        if layout.spans is not None:
-            trained = self._end_on_stop(ids, trained, layout.where)
-        if not any(trained[1:]):  # the first token of a row is never predicted
+                trained |= (first <= starts) & (starts < ends) & (ends <= last)
+            self._end_on_stop(ids, trained, layout.where)
+        if not trained[1:].any():  # the first token of a row is never predicted
             raise DataError(f"{layout.where}: no token of this row would be trained on; its answer renders to nothing.")
         return Rendered(ids, trained)
 
-    def _end_on_stop(self, ids: list[int], mask: list[bool], where: str) -> list[bool]:
+    def _end_on_stop(self, ids: np.ndarray, trained: np.ndarray, where: str) -> None:
         """Make every run of trained tokens end on its end token: the last special one in it, or the one after it."""
-        mask = list(mask)
-        ends = [i for i, on in enumerate(mask) if on and (i + 1 == len(mask) or not mask[i + 1])]
-        for end in ends:
-            start = end
-            while start and mask[start - 1]:
-                start -= 1
-            last = next((i for i in range(end, start - 1, -1) if ids[i] in self._special), None)
-            if last is not None and not str(self.tokenizer.decode(ids[last + 1 : end + 1])).strip():
-                mask[last + 1 : end + 1] = [False] * (end - last)
-            elif end + 1 < len(ids) and ids[end + 1] in self._special:
-                mask[end + 1] = True
+        edges = np.flatnonzero(np.diff(trained, prepend=False, append=False))
+        for start, after in edges.reshape(-1, 2).tolist():
+            last = next((i for i in range(after - 1, start - 1, -1) if int(ids[i]) in self._special), None)
+            if last is not None and self._is_blank(ids[last + 1 : after]):
+                trained[last + 1 : after] = False
+            elif after < len(ids) and int(ids[after]) in self._special:
+                trained[after] = True
             else:
                 raise DataError(
                     f"{where}: the chat template puts no end token after an answer, so the model could not learn to "
                     "stop; add eos_token to the template."
                 )
-        return mask
+
+    def _is_blank(self, ids: np.ndarray) -> bool:
+        return not len(ids) or not str(self.tokenizer.decode(ids.tolist())).strip()
 
 
 def _wanted(example: Example, train_on: str) -> list[int]:

@@ -151,13 +151,14 @@ def _build(
             f"no row is left to train on: all {len(dropped)} have their answer beyond max_length "
             f"{settings.max_length}; the longest has {dropped.max(initial=0)} tokens."
         )
+    whole = renderer.prompt_is_whole or not (facts.origin >= 0).any()  # plain text has no prompts
     report = length_report(
-        facts.length, kept, trained=int(facts.trained.sum(dtype=np.int64)), dropped=dropped, notes=_notes(chunks)
+        facts.length, kept, trained=int(facts.trained.sum(dtype=np.int64)), dropped=dropped, notes=_notes(chunks, whole)
     )
     write_facts(folder, report, facts)
 
 
-def _notes(chunks: Sequence[_Chunk]) -> tuple[str, ...]:
+def _notes(chunks: Sequence[_Chunk], whole: bool) -> tuple[str, ...]:
     split, unseen = sum(c.split for c in chunks), sum(c.unseen_tools for c in chunks)
     notes = []
     if split:
@@ -166,6 +167,11 @@ def _notes(chunks: Sequence[_Chunk]) -> tuple[str, ...]:
         )
     if unseen:
         notes.append(f"{unseen:,} rows have tools that the chat template does not show to the model")
+    if not whole:
+        notes.append(
+            "the chat template's prompt ends within a token, so an answer's first word is not trained as it will be "
+            "asked for; let the prompt end in a special token or a line break"
+        )
     return tuple(notes)
 
 
@@ -229,8 +235,8 @@ class _Encoder:
         if problems.count:
             encoded, origin, texts = [], [], []
         rows = _cut(
-            [np.array(row.ids, dtype=np.int32) for row in encoded],
-            [np.array(row.trained, dtype=bool) for row in encoded],
+            [row.ids for row in encoded],
+            [row.trained for row in encoded],
             np.array(origin, dtype=np.int64),
             self._settings.max_length,
         )

@@ -149,6 +149,12 @@ class Recipe(BaseModel):
         return value
 
     @property
+    def is_local(self) -> bool:
+        """Whether everything it names lies on this machine, so that nothing has to reach for a network."""
+        sources = (*self.dataset, *self.eval_dataset)
+        return not is_hub_name(self.model_name_or_path) and not any(is_hub_dataset(s.path) for s in sources)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, in hexadecimal: equal digests mean equal recipes."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

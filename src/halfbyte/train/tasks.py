@@ -56,7 +56,7 @@ class Task(ABC):
 
     peft_type: ClassVar[str]
     labels: tuple[str, ...] = ()
-    examples: Collection[Any]
+    examples: Examples[Any]
     eval_examples: Collection[Any]
 
     def __init__(self, recipe: Recipe) -> None:
