@@ -11,6 +11,7 @@ One direction, one module for each step:
     examples.py        the rows of all sources as one sequence: checked, mixed by weight, split by seed
     render.py          messages become the text a model sees; the same renderer serves training and inference
     tokens.py          text becomes token ids and labels; what is not trained is known here, and nowhere later
+    pairs.py           the same for pairs of answers and judged answers
     packing.py         several rows in one, each of which sees only itself
     preview.py         rows as the model sees them, and the odd ones
     store.py           rows of token ids on disk, found again by what they were made from
@@ -23,6 +24,7 @@ from halfbyte.data.examples import Examples
 from halfbyte.data.labels import LabelledText, label_names, read_labelled, tokenize_labelled
 from halfbyte.data.lengths import LengthReport, RowFacts, Tokenized
 from halfbyte.data.packing import check_isolation, pack
+from halfbyte.data.pairs import tokenize_judgments, tokenize_preferences
 from halfbyte.data.preferences import Judgment, Preference, read_judgments, read_preferences
 from halfbyte.data.preview import Oddity, odd_labels, odd_rows, shown_row
 from halfbyte.data.problems import Problems
@@ -62,5 +64,7 @@ __all__ = [
     "read_rows",
     "shown_row",
     "tokenize",
+    "tokenize_judgments",
     "tokenize_labelled",
+    "tokenize_preferences",
 ]
