@@ -3,7 +3,7 @@
 python benchmarks/tokenizing.py                a tenth of a million rows, then a million: memory must stay flat
 python benchmarks/tokenizing.py --rows 20000   2,000, then 20,000
 
-The rows are synthetic: an instruction of about 8 words and an answer of 2 to 30, drawn from 2,000 words. Memory is that
+The rows are synthetic: an instruction of 2 to 6 words and an answer of 1 to 12, drawn from 2,000 words. Memory is that
 of the process and its workers together, sampled ten times a second, without the pages of mapped files, which the system
 takes back when it needs them. Each size runs in a process of its own.
 """
@@ -33,8 +33,8 @@ def write_rows(path: Path, count: int) -> None:
     words = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(2000)]
     with path.open("w") as file:
         for _ in range(count):
-            instruction = " ".join(draw.choices(words, k=draw.randint(5, 11)))
-            output = " ".join(draw.choices(words, k=draw.randint(2, 30)))
+            instruction = " ".join(draw.choices(words, k=draw.randint(2, 6)))
+            output = " ".join(draw.choices(words, k=draw.randint(1, 12)))
             file.write(json.dumps({"instruction": instruction, "input": "", "output": output}) + "\n")
 
 

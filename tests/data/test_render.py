@@ -183,3 +183,20 @@ def test_whatever_is_said_training_shows_what_inference_shows(tiny_tokenizer, tu
         assert all(row.ids[end] in renderer.stop_ids for end in ends)
         prompts = [renderer.ids(talk[:turn], prompt=True) for turn in range(1, len(talk), 2)]
         assert all(row.ids[:start].tolist() in prompts for start in starts)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.text(st.sampled_from("ab cé语\n🙂"), min_size=1, max_size=20), st.integers(0, 19), st.integers(0, 20))
+def test_a_span_has_the_tokens_that_lie_within_it(assets, text, start, end):
+    """As all offsets say it; also where a character has several tokens, and where a token has several characters."""
+    from transformers import AutoTokenizer
+
+    from halfbyte.data.render import _tokens_in
+
+    start %= len(text)
+    end = start + 1 + end % (len(text) - start)
+    tokenizer = AutoTokenizer.from_pretrained(assets / "models" / "stories260K")
+    encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
+    inside = [n for n, (a, b) in enumerate(encoded["offset_mapping"][0]) if start <= a < b <= end]
+    first, after = _tokens_in((start, end), encoded.encodings[0])
+    assert list(range(first, after)) == inside

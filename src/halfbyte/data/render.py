@@ -34,6 +34,7 @@ from halfbyte.data.turns import Message, calls_as_text
 from halfbyte.errors import DataError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # the label of a token that is not trained; the value torch and transformers agree on
@@ -220,14 +221,13 @@ class Renderer:
         encoded = self.tokenizer(
             [layout.text for layout in layouts],
             add_special_tokens=False,
-            return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
         )
         rows = []
-        for layout, ids, offsets in zip(layouts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        for layout, ids, encoding in zip(layouts, encoded["input_ids"], encoded.encodings or (), strict=True):
             with problems.collect():
-                rows.append(self._row(layout, np.array(ids, np.int32), np.array(offsets, np.int32).reshape(-1, 2)))
+                rows.append(self._row(layout, np.array(ids, dtype=np.int32), encoding))
         return rows
 
     def _writable(self, messages: Sequence[Message]) -> list[Message]:
@@ -307,37 +307,55 @@ class Renderer:
             )
         return Layout(example.where, whole, [span])
 
-    def _row(self, layout: Layout, ids: np.ndarray, offsets: np.ndarray) -> Rendered:
-        if layout.spans is None:
-            trained = np.ones(len(ids), dtype=bool)
-        else:
-            starts, ends = offsets.T
-            trained = np.zeros(len(ids), dtype=bool)
-            for first, last in layout.spans:
-                # A token that straddles the start of an answer holds a piece of the prompt: it is given, not asked for.
-                trained |= (first <= starts) & (starts < ends) & (ends <= last)
-            self._end_on_stop(ids, trained, layout.where)
+    def _row(self, layout: Layout, ids: np.ndarray, encoding: Encoding) -> Rendered:
+        trained = np.full(len(ids), layout.spans is None)
+        for span in layout.spans or ():
+            first, after = _tokens_in(span, encoding)
+            if first < after:
+                trained[first : self._after_stop(ids, first, after, layout.where)] = True
         if not trained[1:].any():  # the first token of a row is never predicted
             raise DataError(f"{layout.where}: no token of this row would be trained on; its answer renders to nothing.")
         return Rendered(ids, trained)
 
-    def _end_on_stop(self, ids: np.ndarray, trained: np.ndarray, where: str) -> None:
-        """Make every run of trained tokens end on its end token: the last special one in it, or the one after it."""
-        edges = np.flatnonzero(np.diff(trained, prepend=False, append=False))
-        for start, after in edges.reshape(-1, 2).tolist():
-            last = next((i for i in range(after - 1, start - 1, -1) if int(ids[i]) in self._special), None)
-            if last is not None and self._is_blank(ids[last + 1 : after]):
-                trained[last + 1 : after] = False
-            elif after < len(ids) and int(ids[after]) in self._special:
-                trained[after] = True
-            else:
-                raise DataError(
-                    f"{where}: the chat template puts no end token after an answer, so the model could not learn to "
-                    "stop; add eos_token to the template."
-                )
+    def _after_stop(self, ids: np.ndarray, first: int, after: int, where: str) -> int:
+        """Where an answer's tokens end: behind the last special one in it, or behind the one that follows it."""
+        last = next((i for i in range(after - 1, first - 1, -1) if int(ids[i]) in self._special), None)
+        if last is not None and self._is_blank(ids[last + 1 : after]):
+            return last + 1
+        if after < len(ids) and int(ids[after]) in self._special:
+            return after + 1
+        raise DataError(
+            f"{where}: the chat template puts no end token after an answer, so the model could not learn to stop; add "
+            "eos_token to the template."
+        )
 
     def _is_blank(self, ids: np.ndarray) -> bool:
         return not len(ids) or not str(self.tokenizer.decode(ids.tolist())).strip()
+
+
+def _tokens_in(span: Span, encoding: Encoding) -> tuple[int, int]:
+    """From and to of the tokens that lie within a span of characters; an empty range where there are none.
+
+    Only the two ends are looked up: lists of all offsets would take longer to make than the tokens themselves.
+    """
+    start, end = span
+    first = next((t for t in map(encoding.char_to_token, range(start, end)) if t is not None), None)
+    if first is None:
+        return 0, 0
+    # A token that straddles the start of an answer holds a piece of the prompt: it is given, not asked for.
+    first += _chars(encoding, first)[0] < start
+    after = next(t for t in map(encoding.char_to_token, range(end - 1, start - 1, -1)) if t is not None) + 1
+    # A character may have several tokens, its bytes; the one that was found is the first of them.
+    while after < len(encoding) and start <= _chars(encoding, after)[0] < _chars(encoding, after)[1] <= end:
+        after += 1
+    if _chars(encoding, after - 1)[1] > end:
+        after -= 1
+    return first, max(first, after)
+
+
+def _chars(encoding: Encoding, token: int) -> Span:
+    """The characters of a token; an empty span for one that stands for none."""
+    return encoding.token_to_chars(token) or (0, 0)
 
 
 def _wanted(example: Example, train_on: str) -> list[int]:
