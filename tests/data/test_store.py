@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -104,6 +106,23 @@ def test_facts_are_those_of_the_rows(examples, tiny_tokenizer):
     for percent, value in report.percentiles.items():
         assert np.mean(lengths <= value) >= int(percent) / 100 - 1 / len(lengths)
         assert np.mean(lengths < value) <= int(percent) / 100
+
+
+def test_a_script_without_a_guard_is_told_so(examples, tiny_tokenizer, tmp_path, write_rows):
+    """Worker processes import the script again; without a guard it would start workers of its own."""
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from transformers import AutoTokenizer\n"
+        "from halfbyte.data import Renderer, read_examples, tokenize\n"
+        f"renderer = Renderer(AutoTokenizer.from_pretrained({str(tmp_path / 'tokenizer')!r}))\n"
+        f"examples = read_examples({str(write_rows(ROWS))!r})\n"
+        "tokenize(examples, renderer, max_length=16, train_on='all', workers=2)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("halfbyte.errors.WorkError: the processes that tokenize have died; a script")
 
 
 def test_rows_are_read_at_random_across_batches(examples, tiny_tokenizer, monkeypatch):

@@ -140,3 +140,17 @@ def test_data_keys_that_do_not_go_together(keys, expected):
     with pytest.raises(RecipeError, match=expected):
         make_recipe({**NEEDED, **keys})
     make_recipe({**NEEDED, "eval_split": 0.1, "eval_metric": "exact_match", "eval_steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("keys", "local"),
+    [
+        ({}, True),
+        ({"dataset": "owner/data"}, False),
+        ({"eval_dataset": ["e.json", "owner/data"]}, False),
+        ({"model_name_or_path": "owner/model"}, False),
+        ({"dataset": "owner/data.jsonl"}, True),
+    ],
+)
+def test_a_recipe_of_local_names_needs_no_network(keys, local):
+    assert make_recipe({**NEEDED, **keys}).is_local is local

@@ -103,6 +103,8 @@ def tokenize_labelled(
     index = {name: number for number, name in enumerate(names)}
     problems = Problems()
     for example in examples:
+        if len(example.texts) != len(examples[0].texts):
+            problems.add(f"{example.where}: there are {len(example.texts)} texts, and {len(examples[0].texts)} before.")
         if example.label not in index:
             hint = nearest(example.label, names)
             problems.add(f"{example.where}: the label {example.label!r} is not in the training data; {hint}.")

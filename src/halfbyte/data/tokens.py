@@ -19,6 +19,7 @@ import pickle
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -29,13 +30,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from halfbyte import env
 from halfbyte.data.conversations import Example
 from halfbyte.data.examples import Examples
 from halfbyte.data.lengths import RowFacts, Tokenized, length_report
 from halfbyte.data.problems import Problems
 from halfbyte.data.render import IGNORE, Layout, Renderer
 from halfbyte.data.store import RowWriter, key_of, stored, write_facts
-from halfbyte.errors import DataError
+from halfbyte.errors import DataError, WorkError
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +96,7 @@ def tokenize(
 
     Raises:
         DataError: the first bad rows and the number of the others; or no row is left.
+        WorkError: the worker processes died.
     """
     if workers is None:
         workers = _cores() if len(examples) >= WORTH_WORKERS else 0
@@ -187,12 +190,18 @@ def _encoded(examples: Iterable[Example], renderer: Renderer, settings: _Setting
     state = pickle.dumps((renderer.tokenizer, settings))
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (state,)) as pool:
         waiting: deque[Future[_Chunk]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_work, chunk))
-            if len(waiting) > 2 * workers:
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_work, chunk))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise WorkError(
+                "the processes that tokenize have died; a script that starts a run needs `if __name__ == '__main__':` "
+                "around its start, and they need memory."
+            ) from error
 
 
 _ENCODER: _Encoder | None = None  # of a worker process
@@ -200,6 +209,7 @@ _ENCODER: _Encoder | None = None  # of a worker process
 
 def _start_worker(state: bytes) -> None:
     global _ENCODER
+    env.quiet_libraries()  # each worker with threads of its own would be too many
     tokenizer, settings = pickle.loads(state)  # from the parent process alone
     _ENCODER = _Encoder(Renderer(tokenizer), settings)
 
