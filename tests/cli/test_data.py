@@ -50,6 +50,15 @@ def test_conversations_are_shown(show, write_rows):
     assert f"odd: 1 rows repeat an earlier row (2 times the same at most): {path}, line 3" in told
 
 
+def test_sources_are_counted(show, write_rows):
+    one, two = (
+        write_rows([{"prompt": "q", "completion": name}] * n, name) for name, n in (("a.jsonl", 4), ("b.jsonl", 9))
+    )
+    told = lines(show(dataset={str(one): 0.5, str(two): 0.5}))
+    assert f"{one}: 4 of 4 rows" in told
+    assert f"{two}: 4 of 9 rows" in told
+
+
 def test_rows_that_are_held_out_are_shown_beside(show, write_rows):
     rows = [{"prompt": "q" * n, "completion": "a"} for n in range(1, 21)]
     told = lines(show("-n", "0", dataset=str(write_rows(rows)), eval_split=0.1))

@@ -51,6 +51,9 @@ def test_weights_are_shares_and_no_row_comes_twice(files, weights, expected):
     sources = [Source(path, weight) for path, weight in zip(files, weights, strict=True)]
     examples = read_examples(sources, seed=3)
     assert shares(examples) == expected
+    assert examples.used == {
+        path: (expected[name], 10 * n) for n, (name, path) in enumerate(zip("abc", files, strict=True), 1)
+    }
     assert len(set(asked(examples))) == len(examples)
     assert asked(read_examples(sources, seed=3)) == asked(examples)
     if expected["c"] not in (0, 30):

@@ -108,6 +108,9 @@ def _show_lengths(console: Console, inputs: DataInputs, train: LengthReport, hel
         for label in inputs.task.labels:
             add(f"label {label}", [f"{counts[label]:,}", *([f"{counted[label]:,}"] if held_out else [])])
     console.print(table)
+    used = inputs.task.examples.used
+    for name, (count, of) in used.items() if len(used) > 1 else ():
+        console.print(f"{name}: {count:,} of {of:,} rows")
     for note in dict.fromkeys(note for report in reports for note in report.notes):
         console.print(f"{note}.")
 

@@ -80,6 +80,11 @@ class Examples(Collection[T]):
         return any(example == one for one in self)
 
     @property
+    def used(self) -> dict[str, tuple[int, int]]:
+        """Of each file, how many of its rows are used, and how many it has."""
+        return {part.table.name: (len(part), part.rows) for part in self._parts}
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the content of the files and the choice of their rows: equal digests mean equal examples."""
         content = hashlib.sha256()

@@ -43,7 +43,13 @@ class Source:
 
 
 class Table(ABC):
-    """Something that rows are read from, again and again."""
+    """Something that rows are read from, again and again.
+
+    Attributes:
+        name: the file, or the data set and its split.
+    """
+
+    name: str
 
     @abstractmethod
     def rows(self, problems: Problems) -> Iterator[Row]:
@@ -60,6 +66,7 @@ class FileTable(Table):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.name = str(path)
 
     def rows(self, problems: Problems) -> Iterator[Row]:
         """See `read_rows`."""
@@ -80,6 +87,7 @@ class HubTable(Table):
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.name = f"{source.path} ({source.split})"
 
     @cached_property
     def _dataset(self) -> Any:
@@ -96,9 +104,8 @@ class HubTable(Table):
 
     def rows(self, problems: Problems) -> Iterator[Row]:
         """Records of the split, numbered from 1."""
-        where = f"{self.source.path} ({self.source.split})"
         for number, record in enumerate(self._dataset, 1):
-            yield Row(record, f"{where}, row {number}")
+            yield Row(record, f"{self.name}, row {number}")
 
     @property
     def digest(self) -> str:

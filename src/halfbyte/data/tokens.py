@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -187,8 +186,8 @@ def _encoded(examples: Iterable[Example], renderer: Renderer, settings: _Setting
         yield from map(encoder, chunks)
         return
     # spawn: a forked copy of a process with OpenMP's and tokenizers' threads may wait for one of them for ever
-    state = pickle.dumps((renderer.tokenizer, settings))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (state,)) as pool:
+    state = (renderer.tokenizer, settings)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, state) as pool:
         waiting: deque[Future[_Chunk]] = deque()
         try:
             for chunk in chunks:
@@ -207,10 +206,9 @@ def _encoded(examples: Iterable[Example], renderer: Renderer, settings: _Setting
 _ENCODER: _Encoder | None = None  # of a worker process
 
 
-def _start_worker(state: bytes) -> None:
+def _start_worker(tokenizer: PreTrainedTokenizerBase, settings: _Settings) -> None:
     global _ENCODER
     env.quiet_libraries()  # each worker with threads of its own would be too many
-    tokenizer, settings = pickle.loads(state)  # from the parent process alone
     _ENCODER = _Encoder(Renderer(tokenizer), settings)
 
 
