@@ -107,7 +107,7 @@ def tokenize(
         examples=examples.digest,
         tokenizer=_digest(renderer.tokenizer),
         template=renderer.digest,
-        transformers=version("transformers"),
+        versions=[version("halfbyte"), version("transformers")],
         max_length=max_length,
         train_on=train_on,
     )
@@ -130,7 +130,6 @@ def _build(
     chunks: list[_Chunk] = []  # without their tokens
     blocks = _Blocks(settings.max_length)
     problems = Problems()
-    text_lengths: list[int] = []
     with RowWriter(folder, COLUMNS) as writer:
         for chunk in _encoded(examples, renderer, settings, workers):
             problems.extend(chunk.problems.first, chunk.problems.count)
@@ -138,7 +137,6 @@ def _build(
                 continue
             if len(chunk.kept):
                 writer.write(chunk.kept, input_ids=chunk.ids, labels=chunk.labels)
-            text_lengths += map(len, chunk.texts)
             full = blocks.add(chunk.texts)
             chunks += [_without_tokens(chunk), *_write_blocks(writer, full)]
         chunks += _write_blocks(writer, blocks.rest())
