@@ -4,6 +4,7 @@
 |---|---|---|
 | `HALFBYTE_KERNELS` | `auto`, `cpu`, `reference` | which implementation of the ops runs; `auto` is the default |
 | `HALFBYTE_CPU_ISA` | `auto`, `generic`, `avx2`, `avx512`, `avx512bf16`, `amx`, `neon`, `neonbf16` | the CPU kernels |
+| `HALFBYTE_CACHE` | a folder | where tokenized data is kept; `halfbyte` in `XDG_CACHE_HOME` or `~/.cache` by default |
 | `HF_HUB_OFFLINE` | `1` | set by halfbyte before a local path is opened: nothing reaches for a network |
 | `OMP_WAIT_POLICY` | `PASSIVE` | set by the command line unless it is set: idle threads sleep, they do not spin |
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from halfbyte.errors import RequestError, nearest
 
@@ -35,6 +37,14 @@ def cpu_isa() -> str:
         RequestError: the variable holds something that is not offered.
     """
     return _choice("HALFBYTE_CPU_ISA", CPU_ISA_CHOICES)
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be made again; deleting it costs time and nothing else."""
+    named = os.environ.get("HALFBYTE_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte"
 
 
 def _choice(variable: str, choices: tuple[str, ...]) -> str:

@@ -66,6 +66,13 @@ def test_a_label_that_was_not_trained_is_told_with_its_line(write_rows, tiny_tok
         tokenize_labelled(examples, tiny_tokenizer, ("bad", "good"), max_length=9)
 
 
+def test_pairs_beside_single_texts_are_told_with_their_line(write_rows, tiny_tokenizer):
+    single = write_rows([{"text": "a", "label": 0}], "single.jsonl")
+    pairs = write_rows([{"sentence1": "a", "sentence2": "b", "label": 1}], "pairs.jsonl")
+    with pytest.raises(DataError, match=r"pairs.jsonl, line 1: there are 2 texts, and 1 before"):
+        tokenize_labelled(read_labelled([single, pairs]), tiny_tokenizer, ("0", "1"), max_length=9)
+
+
 def test_long_texts_are_cut_and_counted(write_rows, tiny_tokenizer):
     rows = [{"text": "a" * 12, "label": 5}, {"text": "b" * 3, "label": 7}]
     data = tokenize_labelled(read_labelled([write_rows(rows)]), tiny_tokenizer, ("5", "7"), max_length=9)

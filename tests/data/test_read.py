@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.data import read_examples, read_rows
+from halfbyte.data import Problems, read_examples, read_rows
 from halfbyte.errors import DataError
 
 QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -38,7 +38,7 @@ def test_alpaca_input_is_part_of_the_question(write_rows):
 BAD = {
     "empty.jsonl": ("", "empty.jsonl is empty"),
     "rows.jsonl": ('{"text": "a"}\n\n{"text": }\n', "rows.jsonl, line 3: not JSON"),
-    "list.json": ('[{"text": "a"}, 3]', "list.json, item 2: a row must be an object"),
+    "list.json": ('[{"text": "a"}, 3]', "list.json, item 2 (line 1): a row must be an object"),
     "lacks.jsonl": (
         '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n',
         "lacks.jsonl, line 2: the column 'completion'",
@@ -67,13 +67,13 @@ def test_a_bad_file_is_told_with_its_line(tmp_path, name):
 def test_missing_file_names_the_nearest(write_rows, tmp_path):
     write_rows([{"text": "a"}], "train.jsonl")
     with pytest.raises(DataError, match=r"tain.jsonl does not exist; did you mean 'train.jsonl'\?"):
-        read_rows(tmp_path / "tain.jsonl")
+        read_rows(tmp_path / "tain.jsonl", Problems())
 
 
 def test_json_strings_may_hold_line_separators(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a\u2028b"}\n', encoding="utf-8")
-    assert read_rows(path)[0].columns == {"text": "a\u2028b"}
+    assert next(read_rows(path, Problems())).columns == {"text": "a\u2028b"}
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ def test_answers_and_their_end_tokens_are_trained_and_nothing_else(tiny_tokenize
 
 def test_training_and_inference_render_the_same_prompt(tiny_tokenizer):
     renderer = Renderer(tiny_tokenizer)
-    ids, mask = renderer.training_ids(TALK, "row")
-    first = mask.index(True)
+    (row,) = renderer.training_rows(Example("row", tuple(TALK)))
+    first, ids = row.trained.argmax(), row.ids.tolist()
     assert ids[:first] == renderer.ids(TALK[:1], prompt=True)
     assert ids.count(tiny_tokenizer.bos_token_id) == 1
     assert renderer.stop_ids == [tiny_tokenizer.eos_token_id]
@@ -57,21 +57,14 @@ def test_no_second_bos_from_a_tokenizer_that_adds_its_own(assets):
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id  # it does add one
     renderer = Renderer(tokenizer)
     assert renderer.ids(TALK, prompt=False).count(tokenizer.bos_token_id) == 1
-    assert renderer.training_ids(TALK, "row")[0] == renderer.ids(TALK, prompt=False)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(tiny_tokenizer):
-    shown = "{{ m.content if loop.last or m.role == 'user' else '*' }}"
-    rewriting = "{% for m in messages %}" + shown + "{{ eos_token }}{% endfor %}"
-    renderer = Renderer(with_template(tiny_tokenizer, rewriting))
-    with pytest.raises(DataError, match=r"rows, line 3: the chat template renders turn 2 differently"):
-        renderer.training_ids(TALK, "rows, line 3")
+    (row,) = renderer.training_rows(Example("row", tuple(TALK)))
+    assert row.ids.tolist() == renderer.ids(TALK, prompt=False)
 
 
 def test_a_template_without_an_end_token_is_refused(tiny_tokenizer):
     endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     with pytest.raises(DataError, match="no end token after an answer"):
-        Renderer(with_template(tiny_tokenizer, endless)).training_ids(TALK, "row")
+        Renderer(with_template(tiny_tokenizer, endless)).training_rows(Example("row", tuple(TALK)))
 
 
 def test_long_rows_are_cut_dropped_and_counted(tiny_tokenizer):
@@ -90,7 +83,8 @@ def test_long_rows_are_cut_dropped_and_counted(tiny_tokenizer):
 def test_text_loses_no_token(tiny_tokenizer):
     texts = [Example("row", text="abcdefg"), Example("row", text="hij")]
     data = tokenize(texts, Renderer(tiny_tokenizer), max_length=5, train_on="completion")
-    assert data.dataset["labels"][:] == data.dataset["input_ids"][:]
+    for row in data.dataset:
+        assert row["labels"] == [IGNORE, *row["input_ids"][1:]]  # nothing leads to the first token of a block
     stream = [token for ids in data.dataset["input_ids"] for token in ids]
     assert tiny_tokenizer.decode(stream) == "abcdefg</s>hij</s>"
 

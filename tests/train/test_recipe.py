@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from halfbyte.data import Source
 from halfbyte.errors import RecipeError
 from halfbyte.train.recipe import Recipe, load_recipe, make_recipe
 
@@ -58,7 +59,7 @@ def test_paths_are_relative_to_the_file_and_overrides_to_the_current_directory(t
     recipe = load_recipe(tmp_path / "there" / "r.yaml", ["dataset=mine.jsonl"])
     assert recipe.model_name_or_path == str(tmp_path / "there" / "base")
     assert recipe.output_dir == str(tmp_path / "runs")
-    assert recipe.dataset == (str(tmp_path / "here" / "mine.jsonl"),)
+    assert recipe.dataset == (Source(str(tmp_path / "here" / "mine.jsonl")),)
 
 
 def test_a_hub_name_stays_a_name(tmp_path):
@@ -82,3 +83,74 @@ def test_every_shipped_recipe_is_valid(repository):
         recipe = load_recipe(path)
         assert isinstance(recipe, Recipe)
         assert recipe.output_dir.startswith(str(repository / "runs"))
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("a.json", [("a.json", None)]),
+        (["a.json", "b"], [("a.json", None), ("b", None)]),
+        ({"a.json": 3, "b": 0.5}, [("a.json", 3), ("b", 0.5)]),
+        ([{"path": "a.json", "weight": 2}, "b"], [("a.json", 2), ("b", None)]),
+        ({"path": "a.json", "split": "test"}, [("a.json", None)]),
+    ],
+)
+def test_datasets_are_named_in_several_ways(tmp_path, written, read):
+    recipe = make_recipe({**NEEDED, "dataset": written})
+    assert [(source.path, source.weight) for source in recipe.dataset] == read
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    again = load_recipe(tmp_path / "r.yaml")
+    assert [(source.path, source.weight) for source in again.dataset] == [(str(tmp_path / p), w) for p, w in read]
+    assert load_recipe(tmp_path / "r.yaml", [f"dataset=[{tmp_path}/x, someone/something]"]).dataset == (
+        Source(f"{tmp_path}/x"),
+        Source("someone/something"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("dataset", {"a": 0}, "has the weight 0; a weight is a number above 0."),
+        ("dataset", {"a": "much"}, "has the weight 'much'; a weight is a number above 0."),
+        ("dataset", [{"path": "a", "wieght": 1}], "has the unknown entry 'wieght'; did you mean 'weight'?"),
+        ("dataset", [{"weight": 1}], "must be a name, a list of names, or a mapping of names to weights."),
+        ("dataset", 3, "must be a name, a list of names, or a mapping of names to weights."),
+        ("dataset", [], "dataset is "),
+        ("dataset", {"path": "a", "split": 3}, "has the split 3, which must be text."),
+        ("eval_split", 0, "eval_split is 0 and should be greater than 0."),
+        ("eval_split", 1.5, "eval_split is 1.5, which is neither a share below 1 nor a number of rows."),
+        ("train_on", "answers", "train_on is 'answers', which is not offered; choose one of: completion, all_assist"),
+    ],
+)
+def test_data_keys_that_are_wrong_are_one_sentence(key, value, expected):
+    with pytest.raises(RecipeError) as caught:
+        make_recipe({**NEEDED, key: value})
+    (told,) = caught.value.mistakes
+    assert expected in told
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"eval_split": 0.1, "eval_dataset": "e"}, "eval_dataset and eval_split are both set"),
+        ({"packing": True, "task": "sequence-classification"}, "packing is true but task is 'sequence-classification'"),
+    ],
+)
+def test_data_keys_that_do_not_go_together(keys, expected):
+    with pytest.raises(RecipeError, match=expected):
+        make_recipe({**NEEDED, **keys})
+    make_recipe({**NEEDED, "eval_split": 0.1, "eval_metric": "exact_match", "eval_steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("keys", "local"),
+    [
+        ({}, True),
+        ({"dataset": "owner/data"}, False),
+        ({"eval_dataset": ["e.json", "owner/data"]}, False),
+        ({"model_name_or_path": "owner/model"}, False),
+        ({"dataset": "owner/data.jsonl"}, True),
+    ],
+)
+def test_a_recipe_of_local_names_needs_no_network(keys, local):
+    assert make_recipe({**NEEDED, **keys}).is_local is local

@@ -153,3 +153,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_traced(make_trainer):
         trainer.model.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"step 1 is nan.*the output of .*layers\.1\.mlp\.up_proj"):
         trainer.train()
+
+
+def test_tokens_of_packed_rows_are_counted_without_padding():
+    from halfbyte.train.trainer import count_tokens
+
+    batch = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 0, 1]])}
+    assert count_tokens(batch) == 5 + 7

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import typer
 
 from halfbyte import env
+from halfbyte.cli.data import data
 from halfbyte.cli.generate import generate
 from halfbyte.cli.info import info
 from halfbyte.cli.quantize import quantize
@@ -49,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug keeps Python's own traceback
     rich_markup_mode=None,
 )
-for command in (quantize, train, generate, info):
+for command in (quantize, data, train, generate, info):
     app.command()(_told(command))
 
 

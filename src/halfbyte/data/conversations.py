@@ -2,40 +2,29 @@
 
 The layouts people have, all of them recognised by their columns:
 
-| layout     | columns                                                        | becomes  |
+| layout     | columns                                                                      | becomes  |
 |---|---|---|
-| messages   | `messages`: [{role, content}, ...]                             | messages |
-| ShareGPT   | `conversations`: [{from, value}, ...], optional `system`       | messages |
-| Alpaca     | `instruction`, `output`, optional `input`, optional `system`   | messages |
-| completion | `prompt`, `completion` (strings, or lists of messages)         | messages |
-| text       | `text`                                                         | text     |
+| messages   | `messages`: [{role, content}, ...], with `tool_calls` and role `tool`        | messages |
+| ShareGPT   | `conversations`: [{from, value}, ...], with `function_call` and `observation` | messages |
+| Alpaca     | `instruction`, `output`, optional `input`, `history` ([[question, answer]])  | messages |
+| completion | `prompt`, `completion` (strings, or lists of messages)                       | messages |
+| text       | `text`                                                                       | text     |
 
-The first row of a file decides, and every other row must agree: a row that lacks a column which its neighbours have is
-a mistake in the file, and guessing a second layout for it would hide that. Columns not named here are ignored.
+All but text may have `system`, and `tools`: a list of tool descriptions, or JSON of one. The first row of a file
+decides, and every other row must agree: a row that lacks a column which its neighbours have is a mistake in the file,
+and guessing a second layout for it would hide that. Columns not named here are ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from halfbyte.data.read import Row, read_rows
-from halfbyte.errors import DataError, nearest
-
-Message = dict[str, str]
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
+from halfbyte.data.examples import Examples, SourceLike, read_sources
+from halfbyte.data.read import Row
+from halfbyte.data.turns import Conversation, Message, as_turns, string_of, system_of, tools_of
+from halfbyte.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -46,133 +35,146 @@ class Example:
         where: the file and line it came from, for messages.
         messages: role and content of each turn; at least one turn is the assistant's.
         text: plain text.
+        tools: descriptions of the tools, as chat templates take them.
+        prompt_turns: how many turns at the start are given and no answers to learn, whoever said them.
+        unweighted: indices of turns that the row itself says are not to be learnt (`weight: 0`).
     """
 
     where: str
     messages: tuple[Message, ...] = ()
     text: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+    prompt_turns: int = 0
+    unweighted: frozenset[int] = field(default_factory=frozenset)
 
 
-def read_examples(paths: Iterable[str | Path]) -> list[Example]:
-    """Read data files into examples, in order.
+def read_examples(sources: Iterable[SourceLike] | SourceLike, *, seed: int = 0) -> Examples[Example]:
+    """Read and check files, folders and hub data sets of conversations and plain texts; see `read_sources`.
 
     Raises:
-        DataError: see `read_rows`; or a row lacks a column, with file, line and what is missing.
+        DataError: see `read_sources`; or a row lacks something, with file, line and what is missing.
     """
-    examples: list[Example] = []
-    for path in paths:
-        rows = read_rows(path)
-        layout = _recognise(rows[0])
-        examples.extend(_example(row, layout) for row in rows)
-    return examples
+    return read_sources(sources, _recognise, seed=seed)
 
 
-def _recognise(row: Row) -> str:
+def _recognise(row: Row) -> Callable[[Row], Example]:
     """The first layout whose needed columns the row has."""
-    for layout, (needed, _) in _LAYOUTS.items():
+    layout = match_layout(row, {name: needed for name, (needed, _) in _LAYOUTS.items()})
+    needed, to_example = _LAYOUTS[layout]
+
+    def parse(row: Row) -> Example:
+        check_columns(row, needed, layout)
+        return to_example(row)
+
+    return parse
+
+
+def match_layout(row: Row, layouts: dict[str, tuple[str, ...]]) -> str:
+    """The name of the first layout whose needed columns are all in the row.
+
+    Raises:
+        DataError: there is none; the message names what is missing from the one that comes near.
+    """
+    present = list(row.columns)
+    for layout, needed in layouts.items():
         if all(column in row.columns for column in needed):
             return layout
-    present = list(row.columns)
-    for layout, (needed, _) in _LAYOUTS.items():
-        if any(column in present for column in needed):
-            missing = ", ".join(repr(column) for column in needed if column not in present)
-            raise DataError(f"{row.where}: the column {missing} is missing, which {layout} data needs.")
-    offered = " | ".join("+".join(needed) for needed, _ in _LAYOUTS.values())
+    lacking = {layout: [c for c in needed if c not in present] for layout, needed in layouts.items()}
+    near = [layout for layout, needed in layouts.items() if len(lacking[layout]) < len(needed)]
+    if near:
+        nearest_layout = min(near, key=lambda layout: len(lacking[layout]))
+        missing = ", ".join(map(repr, lacking[nearest_layout]))
+        raise DataError(f"{row.where}: the column {missing} is missing, which {nearest_layout} data needs.")
+    offered = " | ".join("+".join(needed) for needed in layouts.values())
     raise DataError(f"{row.where}: the columns {', '.join(present) or '(none)'} fit no known layout; give {offered}.")
 
 
-def _example(row: Row, layout: str) -> Example:
-    needed, to_messages = _LAYOUTS[layout]
+def check_columns(row: Row, needed: Iterable[str], layout: str) -> None:
+    """Raise a `DataError` for the first needed column that the row lacks."""
     for column in needed:
         if row.columns.get(column) is None:
             raise DataError(f"{row.where}: the column {column!r} is missing, which {layout} data needs.")
-    if to_messages is None:
-        text = _string(row, "text")
-        if not text.strip():
-            raise DataError(f"{row.where}: the column 'text' is empty.")
-        return Example(row.where, text=text)
-    messages = to_messages(row)
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        raise DataError(f"{row.where}: there is no answer to learn from (no assistant turn with content).")
-    return Example(row.where, messages=tuple(messages))
 
 
-def _string(row: Row, column: str) -> str:
-    value = row.columns[column]
-    if not isinstance(value, str):
-        raise DataError(f"{row.where}: the column {column!r} must be text, it is a {type(value).__name__}.")
-    return value
+def _of(row: Row, conversation: Conversation, prompt_turns: int = 0) -> Example:
+    """A conversation as an example, checked for an answer."""
+    messages, unweighted = conversation.messages, conversation.unweighted
+    learnt = (
+        message["role"] == "assistant" and (message.get("tool_calls") or message["content"].strip())
+        for index, message in enumerate(messages)
+        if index >= prompt_turns and index not in unweighted
+    )
+    if not any(learnt):
+        pairs = "; its answers are a chosen and a rejected one, which is data for preference learning"
+        hint = pairs if "chosen" in row.columns and "rejected" in row.columns else ""
+        raise DataError(f"{row.where}: there is no answer to learn from (no assistant turn with content){hint}.")
+    return Example(
+        row.where,
+        messages=tuple(messages),
+        tools=tools_of(row),
+        prompt_turns=prompt_turns,
+        unweighted=frozenset(unweighted),
+    )
 
 
-def _from_messages(row: Row) -> list[Message]:
-    return _turns(row, "messages", "role", "content")
+def _from_messages(row: Row) -> Example:
+    return _of(row, system_of(row) + as_turns(row, "messages", row.columns["messages"]))
 
 
-def _from_sharegpt(row: Row) -> list[Message]:
-    return _system(row) + _turns(row, "conversations", "from", "value")
+def _from_sharegpt(row: Row) -> Example:
+    return _of(row, system_of(row) + as_turns(row, "conversations", row.columns["conversations"]))
 
 
-def _from_alpaca(row: Row) -> list[Message]:
-    extra = _string(row, "input") if row.columns.get("input") else ""
-    question = _string(row, "instruction") + (f"\n\n{extra}" if extra else "")
-    return [*_system(row), _turn("user", question), _turn("assistant", _string(row, "output"))]
+def _from_alpaca(row: Row) -> Example:
+    question = alpaca_prompt(row)
+    return _of(row, question + Conversation.of("assistant", string_of(row, "output")))
 
 
-def _from_completion(row: Row) -> list[Message]:
-    turns: list[Message] = []
-    for column, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(row.columns[column], list):
-            turns += _turns(row, column, "role", "content")
-        else:
-            turns.append(_turn(role, _string(row, column)))
-    return turns
+def alpaca_prompt(row: Row) -> Conversation:
+    """All of an Alpaca row but its answer."""
+    extra = string_of(row, "input") if row.columns.get("input") else ""
+    question = string_of(row, "instruction") + (f"\n\n{extra}" if extra else "")
+    conversation = system_of(row)
+    history = row.columns.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"{row.where}: the column 'history' must be a list of [question, answer] pairs.")
+    for index, pair in enumerate(history):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(side, str) for side in pair)):
+            raise DataError(f"{row.where}: history[{index}] must be a pair of texts, [question, answer].")
+        conversation += Conversation.of("user", pair[0]) + Conversation.of("assistant", pair[1])
+    return conversation + Conversation.of("user", question)
 
 
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+def _from_completion(row: Row) -> Example:
+    prompt = prompt_of(row)
+    completion = row.columns["completion"]
+    if isinstance(completion, list):
+        answer = as_turns(row, "completion", completion)
+    else:
+        answer = Conversation.of("assistant", string_of(row, "completion"))
+    return _of(row, prompt + answer, prompt_turns=len(prompt.messages))
 
 
-def _system(row: Row) -> list[Message]:
-    return [_turn("system", _string(row, "system"))] if row.columns.get("system") else []
+def prompt_of(row: Row) -> Conversation:
+    """The column `prompt`, a text or a list of messages, behind the system prompt."""
+    prompt = row.columns["prompt"]
+    if isinstance(prompt, list):
+        return system_of(row) + as_turns(row, "prompt", prompt)
+    return system_of(row) + Conversation.of("user", string_of(row, "prompt"))
 
 
-def _turns(row: Row, column: str, role_key: str, content_key: str) -> list[Message]:
-    """A list of turns, with its roles and contents checked and brought to one spelling."""
-    turns = row.columns[column]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{row.where}: the column {column!r} must be a list of turns that is not empty.")
-    messages = []
-    for index, turn in enumerate(turns):
-        here = f"{row.where}: {column}[{index}]"
-        if not isinstance(turn, dict):
-            raise DataError(f"{here} must be an object with {role_key!r} and {content_key!r}.")
-        for key in (role_key, content_key):
-            if turn.get(key) is None:
-                raise DataError(f"{here} lacks {key!r}.")
-        role = ROLES.get(str(turn[role_key]))
-        if role is None:
-            raise DataError(f"{here} has the role {turn[role_key]!r}; {nearest(turn[role_key], ROLES)}.")
-        messages.append(_turn(role, _content(turn[content_key], here)))
-    return messages
-
-
-def _content(content: Any, here: str) -> str:
-    """A turn's content: a string, or a list of text parts as vision-language data sets write it."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        parts = [part.get("text", part.get("value")) for part in content]
-        if all(isinstance(part, str) for part in parts):
-            return "".join(parts)
-    raise DataError(f"{here} has content that is neither text nor a list of text parts.")
+def _from_text(row: Row) -> Example:
+    text = string_of(row, "text")
+    if not text.strip():
+        raise DataError(f"{row.where}: the column 'text' is empty.")
+    return Example(row.where, text=text)
 
 
 # Order matters: the first whose needed columns are all there wins, so the more telling columns come first.
-# No way to messages means plain text.
-_LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Row], list[Message]] | None]] = {
+_LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[[Row], Example]]] = {
     "messages": (("messages",), _from_messages),
     "ShareGPT": (("conversations",), _from_sharegpt),
     "Alpaca": (("instruction", "output"), _from_alpaca),
     "completion": (("prompt", "completion"), _from_completion),
-    "text": (("text",), None),
+    "text": (("text",), _from_text),
 }

@@ -13,13 +13,16 @@ answer comes back as a name and not as a number that somebody has to remember.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfbyte.data.read import Row, read_rows
-from halfbyte.data.tokens import LengthReport, Tokenized
+import numpy as np
+
+from halfbyte.data.examples import Examples, SourceLike, read_sources
+from halfbyte.data.lengths import Tokenized, length_report
+from halfbyte.data.problems import Problems
+from halfbyte.data.read import Row
 from halfbyte.errors import DataError, nearest
 
 if TYPE_CHECKING:
@@ -45,21 +48,21 @@ class LabelledText:
     label: str
 
 
-def read_labelled(paths: Iterable[str | Path]) -> list[LabelledText]:
-    """Read data files into labelled texts, in order.
+def read_labelled(sources: Iterable[SourceLike] | SourceLike, *, seed: int = 0) -> Examples[LabelledText]:
+    """Read and check labelled texts from files, folders and hub data sets; see `read_sources`.
 
     Raises:
-        DataError: see `read_rows`; or a row lacks a text or its label, with file, line and what is missing.
+        DataError: see `read_sources`; or a row lacks a text or its label, with file, line and what is missing.
     """
-    examples: list[LabelledText] = []
-    for path in paths:
-        rows = read_rows(path)
-        columns = _recognise(rows[0])
-        examples.extend(LabelledText(row.where, _texts(row, columns), _label(row)) for row in rows)
-    return examples
+    return read_sources(sources, _parser, seed=seed)
 
 
-def label_names(examples: Sequence[LabelledText]) -> tuple[str, ...]:
+def _parser(first: Row) -> Callable[[Row], LabelledText]:
+    columns = _recognise(first)
+    return lambda row: LabelledText(row.where, _texts(row, columns), _label(row))
+
+
+def label_names(examples: Collection[LabelledText]) -> tuple[str, ...]:
     """The classes of a training set, sorted: integers by value, otherwise by letter.
 
     Raises:
@@ -67,8 +70,9 @@ def label_names(examples: Sequence[LabelledText]) -> tuple[str, ...]:
     """
     names = {example.label for example in examples}
     if len(names) < 2:
+        first = next(iter(examples))
         raise DataError(
-            f"all {len(examples)} rows from {examples[0].where} on have the label {examples[0].label!r}; "
+            f"all {len(examples)} rows from {first.where} on have the label {first.label!r}; "
             "a classifier needs at least two."
         )
     if all(_is_integer(name) for name in names):
@@ -77,7 +81,7 @@ def label_names(examples: Sequence[LabelledText]) -> tuple[str, ...]:
 
 
 def tokenize_labelled(
-    examples: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, names: Sequence[str], *, max_length: int
+    examples: Iterable[LabelledText], tokenizer: PreTrainedTokenizerBase, names: Sequence[str], *, max_length: int
 ) -> Tokenized:
     """Turn labelled texts into rows of token ids, each with the index of its class.
 
@@ -95,24 +99,24 @@ def tokenize_labelled(
     """
     from datasets import Dataset
 
+    examples = list(examples)
     index = {name: number for number, name in enumerate(names)}
+    problems = Problems()
     for example in examples:
+        if len(example.texts) != len(examples[0].texts):
+            problems.add(f"{example.where}: there are {len(example.texts)} texts, and {len(examples[0].texts)} before.")
         if example.label not in index:
             hint = nearest(example.label, names)
-            raise DataError(f"{example.where}: the label {example.label!r} is not in the training data; {hint}.")
+            problems.add(f"{example.where}: the label {example.label!r} is not in the training data; {hint}.")
+    problems.check()
     sides = list(zip(*(example.texts for example in examples), strict=True))
     whole = tokenizer(*map(list, sides), verbose=False)["input_ids"]
     encoded = tokenizer(*map(list, sides), truncation=True, max_length=max_length)
     columns = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
     labels = [index[example.label] for example in examples]
-    report = LengthReport(
-        rows=len(examples),
-        cut=sum(len(before) > len(after) for before, after in zip(whole, encoded["input_ids"], strict=True)),
-        dropped=0,
-        tokens=sum(len(ids) for ids in encoded["input_ids"]),
-        trained=None,
-        longest=max(len(ids) for ids in whole),
-    )
+    lengths = np.array([len(ids) for ids in whole])
+    kept = np.array([len(ids) for ids in encoded["input_ids"]])
+    report = length_report(lengths, kept)
     return Tokenized(Dataset.from_dict({**columns, "labels": labels}), report)
 
 

@@ -13,15 +13,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
+from halfbyte.data.sources import Source, is_hub_dataset
 from halfbyte.errors import RecipeError, nearest
 from halfbyte.formats import BLOCK_SIZES, FORMATS
 
@@ -38,7 +49,9 @@ OPTIMIZER_ALIASES = {
     "adamw_torch_8bit": "adamw_8bit",
     "adamw_torch_4bit": "adamw_4bit",
 }
-PATH_KEYS = ("model_name_or_path", "output_dir", "dataset", "eval_dataset")
+PATH_KEYS = ("model_name_or_path", "output_dir")
+DATA_KEYS = ("dataset", "eval_dataset")
+_SOURCE_KEYS = tuple(field.name for field in fields(Source))
 
 
 class Recipe(BaseModel):
@@ -52,8 +65,15 @@ class Recipe(BaseModel):
     task: TaskName = Field("causal-lm", description="what is learnt: to write, or to say which class a text belongs to")
     seed: int = Field(42, ge=0, description="of initialisation, order and dropout")
 
-    dataset: tuple[str, ...] = Field(description="data files to train on, one or a list", min_length=1)
-    eval_dataset: tuple[str, ...] = Field((), description="data files to measure on, before and after")
+    dataset: tuple[Source, ...] = Field(
+        description="what to train on: a file, a folder or a hub data set; a list of them; or `{name: weight}`, where "
+        "weights are shares of the rows. An entry of a list may be `{path, weight, split, name}`",
+        min_length=1,
+    )
+    eval_dataset: tuple[Source, ...] = Field((), description="what to measure on, before and after; as dataset")
+    eval_split: float | int | None = Field(
+        None, gt=0, description="measure on rows held out of dataset: their share if below 1, else their number"
+    )
     eval_metric: Literal["loss", "exact_match", "accuracy"] = Field(
         "loss", description="what to measure on eval_dataset; of a classifier, loss and accuracy come together"
     )
@@ -61,7 +81,12 @@ class Recipe(BaseModel):
     max_length: int | None = Field(
         None, ge=2, description="tokens of the longest row; null: 1024, or what the model was made for if that is less"
     )
-    train_on: Literal["completion", "all"] = Field("completion", description="loss on answers only, or on every token")
+    train_on: Literal["completion", "all_assistant", "last_turn", "all"] = Field(
+        "completion",
+        description="loss on the answers (but for those in a given prompt), on every turn of the assistant, on its "
+        "last turn, or on every token",
+    )
+    packing: bool = Field(False, description="several rows in one of max_length, each of which sees only itself")
 
     format: str = Field("nf4", description="number format of the frozen base (qlora)")
     block_size: int = Field(64, description="weights that share a scale (qlora)")
@@ -105,7 +130,27 @@ class Recipe(BaseModel):
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="measure the loss on eval_dataset every so many steps")
 
-    @field_validator("dataset", "eval_dataset", "target_modules", "modules_to_save", mode="before")
+    @field_validator("dataset", "eval_dataset", mode="before")
+    @classmethod
+    def _as_sources(cls, value: Any) -> Any:
+        """A name, a list of names or of mappings, or a mapping of names to weights."""
+        return tuple(_source(entry) for entry in _entries(value))
+
+    @field_validator("eval_split")
+    @classmethod
+    def _share_or_number(cls, value: float | int | None) -> float | int | None:
+        if value is not None and value >= 1 and value != int(value):
+            raise ValueError("is neither a share below 1 nor a number of rows")
+        return value
+
+    @field_serializer("dataset", "eval_dataset")
+    def _plain(self, sources: tuple[Source, ...]) -> list[Any]:
+        """As short as a person would write it."""
+        plain = [{key: value for key, value in vars(source).items() if value is not None} for source in sources]
+        bare = [source == Source(source.path) for source in sources]
+        return [entry["path"] if alone else entry for entry, alone in zip(plain, bare, strict=True)]
+
+    @field_validator("target_modules", "modules_to_save", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         """YAML has lists; a frozen object holds tuples; a single name stands for a list of one."""
@@ -141,6 +186,12 @@ class Recipe(BaseModel):
             near = min(BLOCK_SIZES, key=lambda size: abs(size - value))
             raise ValueError(f"is not offered; the nearest is {near} (of {', '.join(map(str, BLOCK_SIZES))})")
         return value
+
+    @property
+    def is_local(self) -> bool:
+        """Whether everything it names lies on this machine, so that nothing has to reach for a network."""
+        sources = (*self.dataset, *self.eval_dataset)
+        return not is_hub_name(self.model_name_or_path) and not any(is_hub_dataset(s.path) for s in sources)
 
     @property
     def digest(self) -> str:
@@ -223,11 +274,41 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             found.append(f"paged is {paged!r}, but {optim} is not ours to page; choose none.")
     if isinstance(optim, str) and optim.startswith("paged_") and paged == "none":
         found.append(f"optim is {optim!r} but paged is 'none'; choose host or file, or leave it out.")
-    if not values.get("eval_dataset"):
+    if values.get("eval_dataset") and values.get("eval_split"):
+        found.append("eval_dataset and eval_split are both set; measure on the one or on the other.")
+    if not values.get("eval_dataset") and not values.get("eval_split"):
         for key in ("eval_metric", "eval_steps"):
             if values.get(key) not in (None, Recipe.model_fields[key].default):
                 found.append(f"{key} is {values[key]!r} but eval_dataset is not set; name the file to measure on.")
+    if values.get("packing") and task != "causal-lm":
+        found.append(f"packing is true but task is {task!r}; only causal-lm rows can be packed.")
     return found
+
+
+def _entries(value: Any) -> list[Any]:
+    """What `dataset` names, one by one."""
+    if isinstance(value, Mapping) and "path" not in value:
+        return [{"path": path, "weight": weight} for path, weight in value.items()]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _source(entry: Any) -> Source:
+    """One entry of `dataset`, checked."""
+    if isinstance(entry, Source):
+        return entry
+    if isinstance(entry, str):
+        return Source(entry)
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
+        raise ValueError("must be a name, a list of names, or a mapping of names to weights")
+    for key, value in entry.items():
+        if key not in _SOURCE_KEYS:
+            raise ValueError(f"has the unknown entry {key!r}; {nearest(key, _SOURCE_KEYS)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "weight" and value is not None and not (number and 0 < value < math.inf):
+            raise ValueError(f"has the weight {value!r}; a weight is a number above 0")
+        if key in ("split", "name") and not isinstance(value, str | None):
+            raise ValueError(f"has the {key} {value!r}, which must be text")
+    return Source(**entry)
 
 
 def _parse_overrides(overrides: Sequence[str], mistakes: list[str]) -> dict[str, Any]:
@@ -253,9 +334,18 @@ def _resolve(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             continue
         if isinstance(value, str):
             resolved[key] = str((folder / Path(value).expanduser()).resolve())
-        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-            resolved[key] = [str((folder / Path(item).expanduser()).resolve()) for item in value]
+    for key in DATA_KEYS:
+        if values.get(key):
+            resolved[key] = [_resolve_source(entry, folder) for entry in _entries(values[key])]
     return resolved
+
+
+def _resolve_source(entry: Any, folder: Path) -> Any:
+    if isinstance(entry, Mapping):
+        return {**entry, "path": _resolve_source(entry.get("path"), folder)}
+    if not isinstance(entry, str) or is_hub_dataset(entry, folder):
+        return entry
+    return str((folder / Path(entry).expanduser()).resolve())
 
 
 def is_hub_name(name: str, folder: Path = Path()) -> bool:

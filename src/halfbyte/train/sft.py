@@ -19,7 +19,7 @@ import copy
 import json
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,16 +46,22 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
 
 # Measures a model on examples: the name of the metric and its value, "exact_match" -> 0.91. It comes from the caller,
 # since evaluation stands above training in the layer order.
-Evaluator = Callable[["PreTrainedModel", "PreTrainedTokenizerBase", Sequence[Any]], dict[str, float]]
+Evaluator = Callable[["PreTrainedModel", "PreTrainedTokenizerBase", Collection[Any]], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What was asked for, read and checked."""
+class DataInputs:
+    """What the rows of a run are made of."""
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+
+
+@dataclass(frozen=True)
+class Inputs(DataInputs):
+    """What was asked for, read and checked."""
+
     targets: str | list[str]
     head: tuple[str, ...]
 
@@ -78,7 +84,7 @@ def train(recipe: Recipe, *, evaluator: Evaluator | None = None, console: Consol
     from halfbyte.models import check_output_folder, new_folder
 
     console = console or Console(stderr=True)
-    if not is_hub_name(recipe.model_name_or_path):
+    if recipe.is_local:
         env.go_offline()
     env.quiet_libraries()
     check_output_folder(recipe.output_dir)
@@ -94,26 +100,44 @@ def check_request(recipe: Recipe) -> Inputs:
     Raises:
         RequestError: the first thing that is wrong.
     """
-    from transformers import AutoConfig
-
     from halfbyte.models import check_model_folder, load_tokenizer
 
     check_optimizer(recipe)
     task = TASKS[recipe.task](recipe)
     if not is_hub_name(recipe.model_name_or_path):
         check_model_folder(recipe.model_name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(recipe.model_name_or_path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{recipe.model_name_or_path} has no config that transformers can read: {reason}"
-        ) from None
+    config = _config(recipe)
     tokenizer = load_tokenizer(recipe.model_name_or_path)
     max_length = _max_length(recipe, config, tokenizer)
     model = outline(config, recipe.task)
     targets: str | list[str] = [] if recipe.method == "full" else check_targets(recipe, model.shapes)
     return Inputs(task, tokenizer, max_length, targets, model.head)
+
+
+def check_data(recipe: Recipe) -> DataInputs:
+    """Read the data, the tokenizer and the model's config. The model folder needs no weights.
+
+    Raises:
+        RequestError: the first thing that is wrong.
+    """
+    from halfbyte.models import load_tokenizer
+
+    task = TASKS[recipe.task](recipe)
+    config = _config(recipe)
+    tokenizer = load_tokenizer(recipe.model_name_or_path)
+    return DataInputs(task, tokenizer, _max_length(recipe, config, tokenizer))
+
+
+def _config(recipe: Recipe) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(recipe.model_name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{recipe.model_name_or_path} has no config that transformers can read: {reason}"
+        ) from None
 
 
 def _max_length(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

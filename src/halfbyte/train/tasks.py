@@ -15,13 +15,17 @@ would be another random number when the adapter is loaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from halfbyte import env
 from halfbyte.data import (
+    Examples,
     Renderer,
     Tokenized,
+    check_isolation,
     label_names,
+    pack,
     read_examples,
     read_labelled,
     tokenize,
@@ -52,14 +56,14 @@ class Task(ABC):
 
     peft_type: ClassVar[str]
     labels: tuple[str, ...] = ()
-    examples: Sequence[Any]
-    eval_examples: Sequence[Any]
+    examples: Examples[Any]
+    eval_examples: Collection[Any]
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
     @abstractmethod
-    def tokenize(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+    def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """Rows of token ids and labels."""
 
     @abstractmethod
@@ -75,6 +79,14 @@ class Task(ABC):
         """What the summary says about the task."""
 
 
+def _read(read: Callable[..., Examples[Any]], recipe: Recipe) -> tuple[Examples[Any], Collection[Any]]:
+    """The training set, and what is measured on: rows held out of it, or those of `eval_dataset`."""
+    examples = read(recipe.dataset, seed=recipe.seed)
+    if recipe.eval_split is not None:
+        return examples.split(recipe.eval_split, recipe.seed)
+    return examples, read(recipe.eval_dataset, seed=recipe.seed) if recipe.eval_dataset else ()
+
+
 class Writing(Task):
     """causal-lm: supervised fine-tuning on conversations and plain texts."""
 
@@ -82,12 +94,17 @@ class Writing(Task):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.examples = read_examples(recipe.dataset)
-        self.eval_examples = read_examples(recipe.eval_dataset)
+        self.examples, self.eval_examples = _read(read_examples, recipe)
 
-    def tokenize(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+    def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """By the tokenizer's chat template."""
-        return tokenize(examples, Renderer(tokenizer), max_length=max_length, train_on=self.recipe.train_on)
+        cache = env.cache_folder() / "tokens"
+        rows = tokenize(
+            examples, Renderer(tokenizer), max_length=max_length, train_on=self.recipe.train_on, cache=cache
+        )
+        if self.recipe.packing and examples is self.examples:  # what is measured on stays as it is
+            rows = pack(rows, max_length, cache=cache)
+        return rows
 
     def trainer(self) -> type[Guards]:
         """trl's, guarded."""
@@ -96,7 +113,9 @@ class Writing(Task):
         return Trainer
 
     def settle(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Nothing."""
+        """Nothing; but a model that would let packed rows see each other is refused."""
+        if self.recipe.packing:
+            check_isolation(base)
 
     def facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Which chat template it was, and a question that the model can be asked afterwards."""
@@ -113,11 +132,10 @@ class Classifying(Task):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.examples = read_labelled(recipe.dataset)
-        self.eval_examples = read_labelled(recipe.eval_dataset)
+        self.examples, self.eval_examples = _read(read_labelled, recipe)
         self.labels = label_names(self.examples)
 
-    def tokenize(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+    def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """As the encoder was pretrained; no chat template."""
         return tokenize_labelled(examples, tokenizer, self.labels, max_length=max_length)
 

@@ -46,14 +46,26 @@ class ModelLoss(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss over trained tokens, and trl's count of the tokens seen."""
-        if not self.model_has_loss:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """The loss over trained tokens, and the count of the tokens seen: trl's is wrong for several packed rows."""
+        seen = self._total_train_tokens + int(self.accelerator.gather(count_tokens(inputs)).sum())
+        if self.model_has_loss:
+            inputs = {**inputs, "use_cache": False}
+            loss = super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
-            self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        inputs = {**inputs, "use_cache": False}
-        return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self._total_train_tokens = seen
+            self._metrics["train"]["num_tokens"] = [seen]
+        return loss
+
+
+def count_tokens(batch: dict[str, Any]) -> torch.Tensor:
+    """Tokens of a batch that are not padding, int64 []."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum()
+    # Packed rows: padding has position 0 again and again, and each row that has a position 1 began with one 0.
+    positions = batch["position_ids"]
+    return (positions > 0).sum() + (positions == 1).sum()
 
 
 class Trainer(Guards, ModelLoss):
