@@ -20,13 +20,16 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the recipe; may repeat.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the same recipe, if there is one.")
+    ] = False,
 ) -> None:
     """Fine-tune a model as a recipe says, and measure it before and after."""
     from halfbyte.train.recipe import load_recipe
     from halfbyte.train.sft import train as run
 
     loaded = load_recipe(recipe, set_ or [])
-    summary = run(loaded, evaluator=_evaluator(loaded))
+    summary = run(loaded, evaluator=_evaluator(loaded), resume=resume)
     _report(loaded, summary)
 
 

@@ -24,10 +24,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.errors import NonFiniteError
+from halfbyte.train.resume import Resumable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from halfbyte.train.recipe import Recipe
 
 
-class Guards(transformers.Trainer):
+class Guards(Resumable):
     """Stands in front of a library's trainer in the list of base classes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -172,7 +172,7 @@ def options(recipe: Recipe, folder: Path, rows: int) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # it would replace a NaN by the last good loss in the log
         "eval_strategy": "steps" if recipe.eval_steps else "no",
         "eval_steps": recipe.eval_steps,
-        "save_strategy": "no",
+        "save_strategy": "no",  # until `Resumable.keep` has said of what
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": [],

@@ -88,6 +88,11 @@ class Recipe(BaseModel):
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="measure the loss on eval_dataset every so many steps")
 
+    save_steps: int | None = Field(500, ge=1, description="write a checkpoint every so many steps; null: at no step")
+    save_total_limit: int = Field(
+        2, ge=1, description="checkpoints to keep: the last ones, and the best of those with a loss on eval_dataset"
+    )
+
     @field_validator("dataset", "eval_dataset", "target_modules", "modules_to_save", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 The order is that of cost. What can be wrong with a request (paths, columns, module names, ranks, the place to write) is
 checked before a weight is read; the weights are read before anything is trained; and the run directory appears when
-everything in it is complete.
+everything in it is complete. Until then its log and its checkpoints lie beside it, see `halfbyte.train.unfinished`.
 
     recipe.yaml            resolved, every key written out: `halfbyte train` of it repeats the run
     metrics.jsonl          one JSON object for each log
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from halfbyte.train.progress import Metrics
 from halfbyte.train.recipe import Recipe, is_hub_name
 from halfbyte.train.targets import check_targets, outline, trainable_report
 from halfbyte.train.tasks import TASKS, Task
+from halfbyte.train.unfinished import Unfinished, finished_summary, unfinished_run
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -59,13 +61,16 @@ class Inputs:
     head: tuple[str, ...]
 
 
-def train(recipe: Recipe, *, evaluator: Evaluator | None = None, console: Console | None = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe, *, evaluator: Evaluator | None = None, console: Console | None = None, resume: bool = False
+) -> dict[str, Any]:
     """Train as the recipe says.
 
     Args:
         recipe: what to do.
         evaluator: measures the model on `eval_dataset` before and after; None measures the loss.
         console: where progress is shown; None is stderr.
+        resume: go on from the newest checkpoint of an unfinished run of this recipe, if there is one.
 
     Returns:
         The summary, as `summary.json` holds it.
@@ -73,18 +78,21 @@ def train(recipe: Recipe, *, evaluator: Evaluator | None = None, console: Consol
     Raises:
         RequestError: the request is wrong; nothing was written.
         NonFiniteError: a loss or a gradient is not finite; the message names the first tensor.
+        StoppedError: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    from halfbyte.models import check_output_folder, new_folder
+    from halfbyte.models import check_output_folder
 
     console = console or Console(stderr=True)
     if not is_hub_name(recipe.model_name_or_path):
         env.go_offline()
     env.quiet_libraries()
+    if resume and (finished := finished_summary(recipe)) is not None:
+        console.print(f"{recipe.output_dir} is finished already")
+        return finished
     check_output_folder(recipe.output_dir)
     inputs = check_request(recipe)
-    with new_folder(recipe.output_dir) as folder:
-        summary = _train_into(folder, recipe, inputs, evaluator, console)
-    return summary
+    with unfinished_run(recipe, resume=resume, tell=console.print) as run:
+        return _train_in(run, recipe, inputs, evaluator, console)
 
 
 def check_request(recipe: Recipe) -> Inputs:
@@ -128,8 +136,8 @@ def _max_length(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedT
     return recipe.max_length
 
 
-def _train_into(
-    folder: Path, recipe: Recipe, inputs: Inputs, evaluator: Evaluator | None, console: Console
+def _train_in(
+    run: Unfinished, recipe: Recipe, inputs: Inputs, evaluator: Evaluator | None, console: Console
 ) -> dict[str, Any]:
     from transformers import set_seed
 
@@ -144,14 +152,14 @@ def _train_into(
     cost = _cost_of(base)
     console.print(f"base: {base.halfbyte_report}")
     model = add_adapter(base, recipe, inputs.targets, inputs.head)
-    metrics = Metrics(folder / "metrics.jsonl", console)
+    metrics = Metrics(run.folder / "metrics.jsonl", console)
     trainer = task.trainer()(
         model,
         recipe,
         rows=rows.dataset,
         eval_rows=eval_rows.dataset if eval_rows else None,
         tokenizer=tokenizer,
-        folder=folder,
+        folder=run.folder,
         callbacks=[metrics],
     )
 
@@ -163,16 +171,14 @@ def _train_into(
         with trainer.accelerator.autocast():  # as in training: masters are float32, the base is in the compute dtype
             return evaluator(model, tokenizer, task.eval_examples)
 
-    before = measure()
-    try:
-        trainer.train()
-    finally:
-        metrics.close()
+    data = rows.report.as_dict()
+    trainer.keep(recipe, metrics, {"data": data, "before": None if run.checkpoint else measure()})
+    trainer.train_from(run.checkpoint)
     after = measure()
     summary = {
         "recipe": recipe.digest,
         **task.facts(tokenizer),
-        "data": rows.report.as_dict(),
+        "data": data,
         **cost,
         **trainable_report(model),
         "trained_whole": [*recipe.modules_to_save, *inputs.head],
@@ -182,11 +188,13 @@ def _train_into(
         "peak_memory_bytes": memory.host(),
         "peak_gpu_memory_bytes": memory.device(),
         "final_loss": metrics.losses[-1] if metrics.losses else None,
-        "before": before,
+        "before": trainer.facts["before"],
         "after": after,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
-    _write(folder, recipe, model, tokenizer, summary)
+    with run.finish(Path(recipe.output_dir).absolute()) as folder:
+        _write(folder, recipe, model, tokenizer, summary)
+        shutil.copyfile(metrics.path, folder / metrics.path.name)
     return summary
 
 
