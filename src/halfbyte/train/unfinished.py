@@ -63,10 +63,11 @@ def place_of(recipe: Recipe) -> Path:
 
 
 def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of a run of this very recipe that is done; None where there is none."""
+    """The summary of a run of this very recipe that is done, what a kill left beside it taken away; else None."""
     with suppress(OSError, ValueError, AttributeError):
         summary = json.loads((Path(recipe.output_dir) / "summary.json").read_text(encoding="utf-8"))
         if summary.get("recipe") == recipe.digest:
+            shutil.rmtree(place_of(recipe), ignore_errors=True)
             return dict(summary)
     return None
 
