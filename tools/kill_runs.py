@@ -3,9 +3,9 @@
     python tools/kill_runs.py [--kills 100] [--seed 0]
 
 The run is a small one (the quickstart's base, qlora, dropout, accumulation, a checkpoint at every step), in a process
-that SIGKILL ends: nothing in it can clean up. Half of the kills come at any moment, a quarter while a checkpoint is being
-written, a quarter while the result is. After every kill each checkpoint has to be readable; whenever a run comes to its
-end, its adapter has to equal the uninterrupted run's bit for bit. Then the next run begins.
+that SIGKILL ends: nothing in it can clean up. Half of the kills come at any moment, a quarter while a checkpoint is
+being written, a quarter while the result is. After every kill each checkpoint has to be readable; whenever a run comes
+to its end, its adapter has to equal the uninterrupted run's bit for bit. Then the next run begins.
 
 Processes are forked from one that has imported everything, so that a kill costs a second and not ten. POSIX only.
 """

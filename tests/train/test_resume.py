@@ -19,6 +19,7 @@ from halfbyte.train.checkpoints import list_checkpoints, newest_good, read_check
 from halfbyte.train.recipe import make_recipe
 
 ROWS = [{"prompt": letter, "completion": letter.upper() * n} for n, letter in enumerate("abcdefghijk", 1)]
+PAIRS = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["completion"].lower()} for r in ROWS]
 TEXTS = [{"text": "abcdefgh"[: n % 7 + 1], "label": "odd" if n % 2 else "even"} for n in range(11)]
 
 
@@ -27,7 +28,7 @@ def make(tiny_llama, write_rows, tmp_path):
     """Recipes of twenty steps over eleven rows: steps of ragged batches, epochs that end in the middle of a step."""
 
     def start(name="run", **keys):
-        rows = TEXTS if keys.get("task") else ROWS
+        rows = {None: ROWS, "preference": PAIRS, "sequence-classification": TEXTS}[keys.get("task")]
         return make_recipe(
             {
                 "model_name_or_path": str(tiny_llama),
@@ -99,6 +100,7 @@ CASES = [
     {"method": "full", "learning_rate": 1e-3},
     {"method": "qlora", "task": "sequence-classification"},
     {"method": "full", "task": "sequence-classification", "learning_rate": 1e-3, "seed": 0},
+    {"method": "qlora", "task": "preference"},
 ]
 
 

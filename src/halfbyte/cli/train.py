@@ -67,6 +67,8 @@ def _report(recipe: Recipe, summary: dict[str, Any]) -> None:
         table.add_row("accuracy on eval_dataset", f"{before['eval_accuracy']:.1%}", f"{after['eval_accuracy']:.1%}")
     if "eval_loss" in after:
         table.add_row("loss on eval_dataset", f"{before['eval_loss']:.4f}", f"{after['eval_loss']:.4f}")
+    if "eval_margin" in after:
+        table.add_row("margin of the chosen answers", f"{before['eval_margin']:.4f}", f"{after['eval_margin']:.4f}")
     peak = summary["peak_gpu_memory_bytes"] or summary["peak_memory_bytes"]
     trained, total = summary["trained_parameters"], summary["total_parameters"]
     quantized = f"{summary['quantized_share']:.1%} of them"
@@ -84,7 +86,7 @@ def _report(recipe: Recipe, summary: dict[str, Any]) -> None:
     console.print(table)
     what = "model" if recipe.method == "full" else "adapter"
     where = _short(recipe.output_dir)
-    if recipe.task == "causal-lm":
+    if recipe.task != "sequence-classification":
         prompt = shlex.quote(summary["example_prompt"] or "...")
         typer.echo(f"The {what} lies in {where}. Talk to it:\n  {_program()} generate {where} --prompt {prompt}")
     else:

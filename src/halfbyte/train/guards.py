@@ -121,6 +121,16 @@ class Guards(Resumable):
 
 
 @contextmanager
+def float32_masters(model: torch.nn.Module) -> Iterator[None]:
+    """Undo what trl's trainers do when they are made: they round the masters of a model that calls itself 4-bit."""
+    masters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in masters and parameter.dtype != masters[name].dtype:
+            parameter.data = masters[name].to(parameter.device)
+
+
+@contextmanager
 def _watch_outputs(model: torch.nn.Module) -> Iterator[list[str]]:
     """Collect the names of modules whose output is not finite, in the order in which they finish."""
     found: list[str] = []

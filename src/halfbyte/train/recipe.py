@@ -25,7 +25,7 @@ from halfbyte.errors import RecipeError, nearest
 from halfbyte.formats import BLOCK_SIZES, FORMATS
 
 Method = Literal["qlora", "lora", "full"]
-TaskName = Literal["causal-lm", "sequence-classification"]
+TaskName = Literal["causal-lm", "preference", "sequence-classification"]
 PATH_KEYS = ("model_name_or_path", "output_dir", "dataset", "eval_dataset")
 
 
@@ -37,17 +37,22 @@ class Recipe(BaseModel):
     model_name_or_path: str = Field(description="model folder, or a name on the Hugging Face hub")
     output_dir: str = Field(description="run directory; must not exist, or be empty")
     method: Method = Field("qlora", description="qlora: frozen base in few bits; lora: frozen base; full: all weights")
-    task: TaskName = Field("causal-lm", description="what is learnt: to write, or to say which class a text belongs to")
+    task: TaskName = Field(
+        "causal-lm", description="what is learnt: to write, to prefer one answer (DPO), or to say a text's class"
+    )
     seed: int = Field(42, ge=0, description="of initialisation, order and dropout")
 
     dataset: tuple[str, ...] = Field(description="data files to train on, one or a list", min_length=1)
     eval_dataset: tuple[str, ...] = Field((), description="data files to measure on, before and after")
     eval_metric: Literal["loss", "exact_match", "accuracy"] = Field(
-        "loss", description="what to measure on eval_dataset; of a classifier, loss and accuracy come together"
+        "loss", description="what to measure on eval_dataset; loss and accuracy come together where there are both"
     )
     max_new_tokens: int = Field(128, ge=1, description="longest answer when eval_metric is exact_match")
     max_length: int | None = Field(
         None, ge=2, description="tokens of the longest row; null: 1024, or what the model was made for if that is less"
+    )
+    dpo_beta: float = Field(
+        0.1, gt=0, description="preference: how dear it is to move away from the model at the start"
     )
     train_on: Literal["completion", "all"] = Field("completion", description="loss on answers only, or on every token")
 
@@ -183,8 +188,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     metric = values.get("eval_metric")
     if metric == "accuracy" and task == "causal-lm":
         found.append("eval_metric is 'accuracy' but task is 'causal-lm', whose answers are texts; choose exact_match.")
-    if metric == "exact_match" and task == "sequence-classification":
-        found.append("eval_metric is 'exact_match' but task is 'sequence-classification'; choose accuracy.")
+    if metric == "exact_match" and task in ("preference", "sequence-classification"):
+        found.append(f"eval_metric is 'exact_match' but task is {task!r}; choose accuracy.")
     if not values.get("eval_dataset"):
         for key in ("eval_metric", "eval_steps"):
             if values.get(key) not in (None, Recipe.model_fields[key].default):

@@ -117,7 +117,7 @@ def check_request(recipe: Recipe) -> Inputs:
         ) from None
     tokenizer = load_tokenizer(recipe.model_name_or_path)
     max_length = _max_length(recipe, config, tokenizer)
-    model = outline(config, recipe.task)
+    model = outline(config, task.model_task)
     targets: str | list[str] = [] if recipe.method == "full" else check_targets(recipe, model.shapes)
     return Inputs(task, tokenizer, max_length, targets, model.head)
 
@@ -212,9 +212,10 @@ def load_base(recipe: Recipe, *, head: Sequence[str] = (), num_labels: int | Non
     from halfbyte.models import HalfbyteConfig, load_model
 
     path, compute = recipe.model_name_or_path, getattr(torch, recipe.compute_dtype)
+    task = TASKS[recipe.task].model_task
     if recipe.method != "qlora":
         dtype = torch.float32 if recipe.method == "full" else compute
-        return load_model(path, dtype=dtype, task=recipe.task, num_labels=num_labels)
+        return load_model(path, dtype=dtype, task=task, num_labels=num_labels)
     quantization = HalfbyteConfig(
         format=recipe.format,
         block_size=recipe.block_size,
@@ -222,7 +223,7 @@ def load_base(recipe: Recipe, *, head: Sequence[str] = (), num_labels: int | Non
         compute_dtype=compute,
         skip_modules=[*recipe.modules_to_save, *head] or None,  # what is trained whole cannot be packed
     )
-    return load_model(path, quantization=quantization, dtype=compute, task=recipe.task, num_labels=num_labels)
+    return load_model(path, quantization=quantization, dtype=compute, task=task, num_labels=num_labels)
 
 
 def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str], head: Sequence[str] = ()) -> Any:

@@ -122,6 +122,8 @@ def _begin(folder: Path, recipe: Recipe, resume: bool, tell: Callable[[str], Non
             raise RequestError(f"no checkpoint in {folder} is whole; remove that folder to begin again.")
         if resume:
             tell("there is no checkpoint to go on from; beginning at step 0")
+        for leftover in folder.glob("*.*"):  # of a run that was killed before its first one
+            leftover.unlink()
         return None
     _check_same(checkpoint, recipe)
     if not resume:
