@@ -101,6 +101,7 @@ CASES = [
     {"method": "qlora", "task": "sequence-classification"},
     {"method": "full", "task": "sequence-classification", "learning_rate": 1e-3, "seed": 0},
     {"method": "qlora", "task": "preference"},
+    {"method": "lora", "adapter_dtype": "nf4", "adapter_error_feedback": True, "loraplus_lr_ratio": 8},
 ]
 
 

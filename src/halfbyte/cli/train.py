@@ -65,6 +65,8 @@ def _report(recipe: Recipe, summary: dict[str, Any]) -> None:
         table.add_row(name, f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}")
     if "eval_accuracy" in after:
         table.add_row("accuracy on eval_dataset", f"{before['eval_accuracy']:.1%}", f"{after['eval_accuracy']:.1%}")
+    if "eval_f1" in after:
+        table.add_row("F1 on eval_dataset, mean of classes", f"{before['eval_f1']:.1%}", f"{after['eval_f1']:.1%}")
     if "eval_loss" in after:
         table.add_row("loss on eval_dataset", f"{before['eval_loss']:.4f}", f"{after['eval_loss']:.4f}")
     if "eval_margin" in after:

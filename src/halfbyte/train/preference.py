@@ -66,6 +66,7 @@ class PreferenceTrainer(Guards, DPOTrainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        self.recipe = recipe
         with float32_masters(model):
             super().__init__(
                 model=model,

@@ -77,7 +77,18 @@ class Recipe(BaseModel):
         True, description="how the adapter starts; true: it changes nothing at first"
     )
 
+    adapter_dtype: Literal["float32", "bf16", "nf4"] = Field(
+        "float32", description="what the adapter is rounded to after each step; float32 loses nothing"
+    )
+    adapter_rounding: Literal["stochastic", "nearest"] = Field(
+        "stochastic", description="how, where adapter_dtype is not float32; nearest takes small updates back"
+    )
+    adapter_error_feedback: bool = Field(False, description="add what rounding the adapter lost at the next step")
+
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    loraplus_lr_ratio: float = Field(
+        1.0, gt=0, description="LoRA+: the learning rate of the adapter's B over that of its A; the paper advises 16"
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data; max_steps takes precedence")
@@ -190,6 +201,12 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append("eval_metric is 'accuracy' but task is 'causal-lm', whose answers are texts; choose exact_match.")
     if metric == "exact_match" and task in ("preference", "sequence-classification"):
         found.append(f"eval_metric is 'exact_match' but task is {task!r}; choose accuracy.")
+    if values.get("method") == "full":
+        for key in ("adapter_dtype", "loraplus_lr_ratio"):
+            if values.get(key) not in (None, Recipe.model_fields[key].default):
+                found.append(
+                    f"{key} is {values[key]!r} but method is 'full', which has no adapter; choose qlora or lora."
+                )
     if not values.get("eval_dataset"):
         for key in ("eval_metric", "eval_steps"):
             if values.get(key) not in (None, Recipe.model_fields[key].default):

@@ -21,42 +21,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from halfbyte.errors import CheckpointError, NonFiniteError, RequestError, StoppedError
+from halfbyte.train.adapter import AdapterTraining
 from halfbyte.train.checkpoints import new_checkpoint, remove_old
 from halfbyte.train.state import Tensors, decode, encode, generators, set_generators
 
 if TYPE_CHECKING:
     from halfbyte.train.checkpoints import Checkpoint
     from halfbyte.train.progress import Metrics
-    from halfbyte.train.recipe import Recipe
 
 TRAINER_STATE = "trainer_state.json"
 
 
-class Resumable(transformers.Trainer):
+class Resumable(AdapterTraining):
     """Checkpoints instead of transformers' own.
 
     Attributes:
-        recipe: that is run; set by `keep`.
         facts: goes into every checkpoint and comes back with it: `data`, which must be the same, and whatever else the
             run wants to know when it goes on.
     """
 
-    recipe: Recipe
     facts: dict[str, Any]
     _metrics_log: Metrics
     _found: dict[str, Any] | None = None
 
-    def keep(self, recipe: Recipe, metrics: Metrics, facts: dict[str, Any]) -> None:
-        """Say what checkpoints belong to, and from now on write them."""
-        self.recipe, self._metrics_log, self.facts = recipe, metrics, facts
-        if recipe.save_steps is not None:
-            self.args.save_strategy, self.args.save_steps = SaveStrategy.STEPS, recipe.save_steps
+    def keep(self, metrics: Metrics, facts: dict[str, Any]) -> None:
+        """Say what checkpoints hold beside the training, and from now on write them."""
+        self._metrics_log, self.facts = metrics, facts
+        if self.recipe.save_steps is not None:
+            self.args.save_strategy, self.args.save_steps = SaveStrategy.STEPS, self.recipe.save_steps
         self.add_callback(_RestoreCounts(self))
 
     def train_from(self, checkpoint: Checkpoint | None) -> None:
@@ -95,6 +92,7 @@ class Resumable(transformers.Trainer):
             "scheduler": scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "generators": generators(),
+            "adapter_errors": self.storage.errors if self.storage is not None else {},
             "counts": self._counts(),
             "metrics": self._metrics_log.state(),
             "facts": self.facts,
@@ -139,6 +137,8 @@ class Resumable(transformers.Trainer):
             _, optimizer, scheduler, _ = self._parts()
             optimizer.load_state_dict(self._found["optimizer"])
             scheduler.load_state_dict(self._found["scheduler"])
+            if self.storage is not None:
+                self.storage.errors = {n: e.to(self.args.device) for n, e in self._found["adapter_errors"].items()}
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self._found is not None and self._found["scaler"] is not None:

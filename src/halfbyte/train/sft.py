@@ -172,7 +172,7 @@ def _train_in(
             return evaluator(model, tokenizer, task.eval_examples)
 
     data = rows.report.as_dict()
-    trainer.keep(recipe, metrics, {"data": data, "before": None if run.checkpoint else measure()})
+    trainer.keep(metrics, {"data": data, "before": None if run.checkpoint else measure()})
     trainer.train_from(run.checkpoint)
     after = measure()
     summary = {
