@@ -291,3 +291,57 @@ def test_a_disk_that_is_full_at_the_end_costs_no_steps(make, monkeypatch, tmp_pa
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(sft, "_write", write)
     assert train(make(), resume=True)[0]["steps"] == 20
+
+
+def fake_losses(monkeypatch, values):
+    """The evaluation loss is what the test says, at the start and then at each measurement."""
+    losses = iter(values)
+    monkeypatch.setattr("halfbyte.train.trainer.Trainer.means", lambda *_: {"loss": next(losses)})
+
+
+EVERY_TWO = {"eval_steps": 2, "save_steps": 5, "save_total_limit": 1}
+
+
+def test_the_best_weights_are_those_of_the_lowest_loss(make, monkeypatch, tmp_path):
+    """Lowest at step 6, which is no step of save_steps: the result is a run of constant learning rate up to there."""
+    data = {"eval_dataset": str(tmp_path / "rows.jsonl"), "lr_scheduler_type": "constant", "warmup_ratio": 0}
+    fake_losses(monkeypatch, [9.0, 5.0, 4.0, 3.0, 3.5, 3.0, 8.0])
+    six = make("six", **data, max_steps=6, save_steps=None)
+    train(six)
+    fake_losses(monkeypatch, [9.0, 5.0, 4.0, 3.0, 3.5, 3.0, 8.0])
+    best = make("best", **data, **EVERY_TWO, max_steps=10, load_best_model_at_end=True)
+    summary, _ = train(best)
+    assert summary["steps"] == 10
+    (wanted, _), (got, _) = results(six), results(best)
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_a_run_stops_when_the_loss_no_longer_falls_also_across_a_resume(make, at_step, monkeypatch, tmp_path):
+    """Lowest at step 4, and two measurements of patience: it ends at 8, whether or not it was killed at 7."""
+    losses = {0: 9.0, 2: 5.0, 4: 4.0, 6: 4.5, 8: 4.0}
+    data = {"eval_dataset": str(tmp_path / "rows.jsonl"), **EVERY_TWO, "early_stopping_patience": 2}
+    monkeypatch.setattr(
+        "halfbyte.train.trainer.Trainer.means", lambda self, _: {"loss": losses[self.state.global_step]}
+    )
+    whole, halves = make("whole", **data), make("halves", **data)
+    assert train(whole)[0]["steps"] == 8
+    back = at_step(7, kill)
+    with pytest.raises(KeyboardInterrupt):
+        train(halves)
+    back()
+    assert train(halves, resume=True)[0]["steps"] == 8
+    assert all(torch.equal(results(whole)[0][name], tensor) for name, tensor in results(halves)[0].items())
+
+
+def test_a_run_that_stopped_early_and_was_killed_before_its_end_takes_no_step_more(make, monkeypatch, tmp_path):
+    losses = {0: 9.0, 2: 5.0, 4: 4.0, 6: 4.5, 8: 4.0}
+    data = {"eval_dataset": str(tmp_path / "rows.jsonl"), **EVERY_TWO, "early_stopping_patience": 2}
+    monkeypatch.setattr(
+        "halfbyte.train.trainer.Trainer.means", lambda self, _: {"loss": losses[self.state.global_step]}
+    )
+    write = sft._write
+    monkeypatch.setattr(sft, "_write", lambda *_: kill(None))
+    with pytest.raises(KeyboardInterrupt):
+        train(make(**data))
+    monkeypatch.setattr(sft, "_write", write)
+    assert train(make(**data), resume=True)[0]["steps"] == 8

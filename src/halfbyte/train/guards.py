@@ -28,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.errors import NonFiniteError
 from halfbyte.train.resume import Resumable
+from halfbyte.train.state import generators, set_generators
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,15 +97,19 @@ class Guards(Resumable):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Means over the evaluation rows, by the task: `eval_loss` in nats, and what goes with it."""
+        """Means over the evaluation rows, by the task: `eval_loss` in nats, and what goes with it.
+
+        Measuring does not change what is measured: a data loader draws a seed, and dropout would go on from another one.
+        """
         model: Any = self.model
-        was_training = model.training
+        was_training, states = model.training, generators()
         model.eval()
         totals: Counter[str] = Counter()
         with torch.no_grad(), self.accelerator.autocast():
             for rows in self.get_eval_dataloader(eval_dataset):
                 totals.update(self.sums(model, self._prepare_inputs(rows)))
         model.train(was_training)
+        set_generators(states)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.means(totals).items()}
         self.log(dict(metrics))  # the library adds to what it logs
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

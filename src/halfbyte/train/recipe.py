@@ -104,6 +104,12 @@ class Recipe(BaseModel):
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="measure the loss on eval_dataset every so many steps")
 
+    load_best_model_at_end: bool = Field(
+        False, description="keep the weights of the lowest eval_loss, measured every eval_steps, and not the last"
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="stop when so many measurements in a row have not lowered the best eval_loss"
+    )
     save_steps: int | None = Field(500, ge=1, description="write a checkpoint every so many steps; null: at no step")
     save_total_limit: int = Field(
         2, ge=1, description="checkpoints to keep: the last ones, and the best of those with a loss on eval_dataset"
@@ -201,6 +207,10 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         found.append("eval_metric is 'accuracy' but task is 'causal-lm', whose answers are texts; choose exact_match.")
     if metric == "exact_match" and task in ("preference", "sequence-classification"):
         found.append(f"eval_metric is 'exact_match' but task is {task!r}; choose accuracy.")
+    if values.get("eval_steps") is None:
+        for key in ("load_best_model_at_end", "early_stopping_patience"):
+            if values.get(key) not in (None, False):
+                found.append(f"{key} is {values[key]!r} but eval_steps is not set; say how often to measure.")
     if values.get("method") == "full":
         for key in ("adapter_dtype", "loraplus_lr_ratio"):
             if values.get(key) not in (None, Recipe.model_fields[key].default):

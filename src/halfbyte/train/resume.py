@@ -27,12 +27,13 @@ from transformers.trainer_utils import SaveStrategy
 
 from halfbyte.errors import CheckpointError, NonFiniteError, RequestError, StoppedError
 from halfbyte.train.adapter import AdapterTraining
-from halfbyte.train.checkpoints import new_checkpoint, remove_old
+from halfbyte.train.checkpoints import new_checkpoint, read_checkpoint, remove_old
 from halfbyte.train.state import Tensors, decode, encode, generators, set_generators
 
 if TYPE_CHECKING:
     from halfbyte.train.checkpoints import Checkpoint
     from halfbyte.train.progress import Metrics
+    from halfbyte.train.recipe import Recipe
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -62,13 +63,14 @@ class Resumable(AdapterTraining):
         Raises:
             StoppedError: Ctrl-C or SIGTERM; a checkpoint was written.
         """
-        stop = StopOnSignal()
+        stop, patience = StopOnSignal(), self.recipe.early_stopping_patience
+        self.add_callback(FollowBest(self.recipe))
         self.add_callback(stop)
         try:
             with stop:
                 if checkpoint is None:
                     self.train()
-                elif (state := _trainer_state(checkpoint.folder)).global_step < state.max_steps:
+                elif not is_over(state := _trainer_state(checkpoint.folder), patience):
                     self.train(str(checkpoint.folder))
                 else:  # stopped between its last step and its end; the library would take one step more
                     self._load_from_checkpoint(str(checkpoint.folder))
@@ -76,6 +78,9 @@ class Resumable(AdapterTraining):
         finally:
             self._metrics_log.close()
         stop.check(self.state.global_step, self.state.max_steps)
+        if self.recipe.load_best_model_at_end and (losses := eval_losses(self.state)):
+            best = Path(str(self.args.output_dir)) / f"checkpoint-{min(losses, key=losses.__getitem__)}"
+            self._load_weights(read_checkpoint(best).folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         step, run = self.state.global_step, Path(str(self.args.output_dir))
@@ -98,8 +103,7 @@ class Resumable(AdapterTraining):
             "facts": self.facts,
         }
         plain, tensors = encode(everything)
-        losses = [log["eval_loss"] for log in self.state.log_history if log["step"] == step and "eval_loss" in log]
-        with new_checkpoint(run, step, self.recipe, losses[-1] if losses else None) as folder:
+        with new_checkpoint(run, step, self.recipe, eval_losses(self.state).get(step)) as folder:
             save_file({n: t.detach().contiguous() for n, t in trained.items()}, folder / _weights(whole))
             if hasattr(whole, "peft_config"):
                 config = copy.deepcopy(whole.peft_config["default"])
@@ -114,6 +118,17 @@ class Resumable(AdapterTraining):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """The weights, and all else into `_found`, from where the later hooks take it."""
         folder = Path(resume_from_checkpoint)
+        self._load_weights(folder)
+        plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "state.safetensors")
+        self._found = found = decode(plain, tensors)
+        if found["facts"]["data"] != self.facts["data"]:
+            raise RequestError(f"the data is not what it was when {folder.parent} was begun; remove it to begin again.")
+        self.facts = found["facts"]
+        shutil.copyfile(folder / "metrics.jsonl", self._metrics_log.path)
+        self._metrics_log.set_state(found["metrics"])
+
+    def _load_weights(self, folder: Path) -> None:
         trained, saved = trained_tensors(self.model), load_file(folder / _weights(self.model))
         for name in trained.keys() | saved.keys():
             if name not in trained or name not in saved or trained[name].shape != saved[name].shape:
@@ -123,14 +138,6 @@ class Resumable(AdapterTraining):
         with torch.no_grad():
             for name, tensor in trained.items():
                 tensor.copy_(saved[name])
-        plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "state.safetensors")
-        self._found = found = decode(plain, tensors)
-        if found["facts"]["data"] != self.facts["data"]:
-            raise RequestError(f"the data is not what it was when {folder.parent} was begun; remove it to begin again.")
-        self.facts = found["facts"]
-        shutil.copyfile(folder / "metrics.jsonl", self._metrics_log.path)
-        self._metrics_log.set_state(found["metrics"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._found is not None:
@@ -210,6 +217,37 @@ def _trainer_state(folder: Path) -> TrainerState:
 
 def _weights(model: Any) -> str:
     return "adapter_model.safetensors" if hasattr(model, "peft_config") else "model.safetensors"
+
+
+def eval_losses(state: TrainerState) -> dict[int, float]:
+    """The loss on the evaluation set, by the step it was measured at."""
+    return {int(log["step"]): log["eval_loss"] for log in state.log_history if "eval_loss" in log}
+
+
+def is_over(state: TrainerState, patience: int | None) -> bool:
+    """Whether a run has taken its last step: all of them, or the best loss is `patience` measurements old."""
+    losses = list(eval_losses(state).values())
+    waited = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    return state.global_step >= state.max_steps or (patience is not None and waited >= patience)
+
+
+class FollowBest(TrainerCallback):
+    """Saves where the evaluation loss is the lowest so far, and stops when it has not been for long enough.
+
+    It remembers nothing: the losses stand in the trainer's log, which a checkpoint holds.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the loss was logged."""
+        losses = eval_losses(state)
+        if self._recipe.load_best_model_at_end and state.global_step == min(losses, key=losses.__getitem__):
+            control.should_save = True
+        if is_over(state, self._recipe.early_stopping_patience):
+            control.should_training_stop = True
+            control.should_save |= self._recipe.save_steps is not None
 
 
 class StopOnSignal(TrainerCallback):
