@@ -166,6 +166,20 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_that_step(make, at_step, tmp
     assert wanted_log == got_log
 
 
+def test_a_signal_after_the_last_step_loses_nothing(make, monkeypatch):
+    """There is no step left at whose end a checkpoint could be written, so the run is let finish."""
+    end = resume.StopOnSignal.on_train_end
+
+    def late(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return end(self, *args, **kwargs)
+
+    monkeypatch.setattr(resume.StopOnSignal, "on_train_end", late)
+    recipe = make(save_steps=None, max_steps=2)
+    assert train(recipe)[0]["steps"] == 2
+    assert sft.Path(recipe.output_dir).is_dir()
+
+
 def test_what_was_measured_before_is_not_measured_again(make, at_step, tmp_path):
     """And a run whose steps are all done is only finished: the weights are those of the last step."""
     data = {"eval_dataset": str(tmp_path / "rows.jsonl")}

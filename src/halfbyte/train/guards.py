@@ -99,7 +99,7 @@ class Guards(Resumable):
     ) -> dict[str, float]:
         """Means over the evaluation rows, by the task: `eval_loss` in nats, and what goes with it.
 
-        Measuring does not change what is measured: a data loader draws a seed, and dropout would go on from another one.
+        Measuring does not change the training: a data loader draws a seed, and dropout would go on from another one.
         """
         model: Any = self.model
         was_training, states = model.training, generators()

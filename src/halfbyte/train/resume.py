@@ -255,12 +255,16 @@ class StopOnSignal(TrainerCallback):
 
     Signals are caught inside a `with` block, and on the main thread, where Python delivers them.
 
+    One that comes after the last step is too late to stop anything: the run ends on its own.
+
     Attributes:
         received: the signal; None while there was none.
+        stopped: whether the run was ended for it.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.stopped = False
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -280,7 +284,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the loop to save and to end."""
         if self.received is not None:
-            control.should_save = control.should_training_stop = True
+            self.stopped = control.should_save = control.should_training_stop = True
 
     def check(self, step: int, steps: int) -> None:
         """After training.
@@ -288,7 +292,7 @@ class StopOnSignal(TrainerCallback):
         Raises:
             StoppedError: a signal has ended it.
         """
-        if self.received is not None:
+        if self.stopped and self.received is not None:
             raise StoppedError(
                 f"stopped by {self.received.name} after step {step} of {steps}; the same command with --resume goes on",
                 128 + self.received,
