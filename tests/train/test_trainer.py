@@ -92,6 +92,25 @@ def test_the_order_of_rows_gives_equal_gradients_and_loss(make_trainer, rows, si
     assert other_log[0]["loss"] == pytest.approx(log[0]["loss"], rel=1e-6)
 
 
+def test_padding_on_the_left_gives_equal_gradients_and_loss(make_trainer, monkeypatch):
+    """Nothing depends on where the padding stands, as long as the model's positions are relative."""
+    from halfbyte.data import pad_rows
+    from halfbyte.train import trainer
+
+    def pad_left(rows, pad_id):
+        batch = pad_rows(rows, pad_id)
+        for index, row in enumerate(rows):
+            for column in batch.values():
+                column[index] = column[index].roll(column.shape[1] - len(row["input_ids"]))
+        return batch
+
+    wanted, log = gradients_of_one_step(make_trainer(**WHOLE))
+    monkeypatch.setattr(trainer, "pad_rows", pad_left)
+    got, left_log = gradients_of_one_step(make_trainer(**WHOLE))
+    assert relative(got, wanted) < 1e-6
+    assert left_log[0]["loss"] == pytest.approx(log[0]["loss"], rel=1e-6)
+
+
 def test_gradient_checkpointing_gives_equal_gradients(make_trainer):
     """The frozen embedding is the trap: without gradients at the inputs, the first layers would get none."""
     wanted, _ = gradients_of_one_step(make_trainer(**WHOLE))
