@@ -28,6 +28,19 @@ class NonFiniteError(WorkError):
     """A number that must be finite (a loss, a gradient) was not; the message names the first tensor."""
 
 
+class StoppedError(WorkError):
+    """Somebody stopped the work, and it can be gone on with.
+
+    Args:
+        message: how.
+        exit_code: what a shell expects of a program that a signal has ended.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class RequestError(HalfbyteError, ValueError):
     """The request was wrong; nothing was changed and nothing is half-written."""
 

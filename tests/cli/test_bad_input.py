@@ -88,6 +88,7 @@ def full_disk(place: Place) -> None:
         (Path(folder) / "tokenizer.json").write_text("{")
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    place.keys["save_steps"] = None  # a checkpoint of the steps that are done would rightly stay
     place.patch.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
 
 
@@ -120,7 +121,7 @@ TRAIN_CASES: dict[str, tuple[Callable[[Place], None], str]] = {
     "max_length": (set_keys(max_length=128), "max_length 128 is above what the model was made for; choose at most 64"),
     "output full": (fill_output, "out exists and is not empty"),
     "no permission": (no_permission, "there is no permission to write"),
-    "full disk": (full_disk, "out is full"),
+    "full disk": (full_disk, "result is full; nothing was kept"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -86,6 +87,7 @@ def test_an_encoder_learns_to_classify(run, keys):
     folder, summary = run(**keys)
     assert abs(summary["before"]["eval_accuracy"] - 0.5) < 0.2
     assert summary["after"]["eval_accuracy"] >= 0.95
+    assert summary["after"]["eval_f1"] >= 0.95
     assert summary["after"]["eval_loss"] < summary["before"]["eval_loss"]
     assert (summary["quantized_share"] > 0.5) == (keys["method"] == "qlora")
     assert summary["trained_dtypes"] == ["float32"]
@@ -155,7 +157,7 @@ def test_pairs_are_told_apart(run, write_rows):
 
 
 def test_a_short_last_batch_weighs_what_it_should(tiny_bert, write_rows, tmp_path):
-    """Seven rows in one batch, or as 4 + 3: equal gradients, to 40 x float32's resolution; a mean of means differs."""
+    """Seven rows in one batch, or as 4 + 3: equal gradients, to float32's rounding; a mean of means differs."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback, set_seed
 
     from halfbyte.data import label_names, read_labelled, tokenize_labelled
@@ -186,6 +188,27 @@ def test_a_short_last_batch_weighs_what_it_should(tiny_bert, write_rows, tmp_pat
         losses.append(trainer.evaluate()["eval_loss"])
         trainer.train()
         losses.append(next(log["loss"] for log in trainer.state.log_history if "loss" in log))
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
     whole, split = (torch.cat([grad.flatten() for grad in found[size]]) for size in (7, 4))
-    assert ((split - whole).norm() / whole.norm()).item() < 1e-5
+    assert ((split - whole).norm() / whole.norm()).item() < 1e-6
+
+
+def test_f1_is_the_mean_over_the_classes_that_occur(monkeypatch):
+    """By hand: of class 0, 2 of 3 are found and nothing else is taken for it; class 3 does not occur."""
+    from types import SimpleNamespace
+
+    from halfbyte.train.classifier import ClassifierTrainer
+
+    trainer = ClassifierTrainer.__new__(ClassifierTrainer)
+    given, found = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([0, 0, 1, 1, 1])
+    logits = torch.nn.functional.one_hot(found, 4).float()
+    monkeypatch.setattr(
+        ClassifierTrainer, "forward_again", lambda self, model, batch: SimpleNamespace(logits=batch["l"])
+    )
+    totals = Counter()
+    for rows in (slice(0, 2), slice(2, 5)):  # the batches do not matter
+        totals.update(trainer.sums(None, {"labels": given[rows], "l": logits[rows]}))
+    means = trainer.means(totals)
+    assert means["accuracy"] == pytest.approx(3 / 5)
+    assert means["f1"] == pytest.approx((2 * 2 / (2 + 3) + 2 * 1 / (3 + 1) + 0) / 3)
+    assert set(means) == {"loss", "accuracy", "f1"}

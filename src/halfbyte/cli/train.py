@@ -20,13 +20,16 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the recipe; may repeat.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the same recipe, if there is one.")
+    ] = False,
 ) -> None:
     """Fine-tune a model as a recipe says, and measure it before and after."""
     from halfbyte.train.recipe import load_recipe
     from halfbyte.train.sft import train as run
 
     loaded = load_recipe(recipe, set_ or [])
-    summary = run(loaded, evaluator=_evaluator(loaded))
+    summary = run(loaded, evaluator=_evaluator(loaded), resume=resume)
     _report(loaded, summary)
 
 
@@ -62,8 +65,12 @@ def _report(recipe: Recipe, summary: dict[str, Any]) -> None:
         table.add_row(name, f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}")
     if "eval_accuracy" in after:
         table.add_row("accuracy on eval_dataset", f"{before['eval_accuracy']:.1%}", f"{after['eval_accuracy']:.1%}")
+    if "eval_f1" in after:
+        table.add_row("F1 on eval_dataset, mean of classes", f"{before['eval_f1']:.1%}", f"{after['eval_f1']:.1%}")
     if "eval_loss" in after:
         table.add_row("loss on eval_dataset", f"{before['eval_loss']:.4f}", f"{after['eval_loss']:.4f}")
+    if "eval_margin" in after:
+        table.add_row("margin of the chosen answers", f"{before['eval_margin']:.4f}", f"{after['eval_margin']:.4f}")
     peak = summary["peak_gpu_memory_bytes"] or summary["peak_memory_bytes"]
     trained, total = summary["trained_parameters"], summary["total_parameters"]
     quantized = f"{summary['quantized_share']:.1%} of them"
@@ -81,7 +88,7 @@ def _report(recipe: Recipe, summary: dict[str, Any]) -> None:
     console.print(table)
     what = "model" if recipe.method == "full" else "adapter"
     where = _short(recipe.output_dir)
-    if recipe.task == "causal-lm":
+    if recipe.task != "sequence-classification":
         prompt = shlex.quote(summary["example_prompt"] or "...")
         typer.echo(f"The {what} lies in {where}. Talk to it:\n  {_program()} generate {where} --prompt {prompt}")
     else:

@@ -8,6 +8,7 @@ the last micro-batch is short.)
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from halfbyte.train.recipe import Recipe
+
+# What is counted for each class: its right answers, and how often it was said plus how often it was so.
+RIGHT, SIDES = "right:", "sides:"
 
 
 class ClassifierTrainer(Guards):
@@ -66,14 +70,31 @@ class ClassifierTrainer(Guards):
         return model(**{name: value for name, value in inputs.items() if name != "labels"})
 
     def sums(self, model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, float]:
-        """The loss over rows, how many got their right class, and how many there are."""
+        """The loss over rows, how many got their right class, and how many there are; by class, what F1 is made of."""
         labels = batch["labels"]
         logits = self.forward_again(model, batch).logits.float()
+        found, classes = logits.argmax(-1), logits.shape[-1]
+        right = torch.bincount(labels[found == labels], minlength=classes).tolist()
+        sides = (torch.bincount(found, minlength=classes) + torch.bincount(labels, minlength=classes)).tolist()
         return {
             "loss": float(cross_entropy(logits, labels, reduction="sum")),
-            "accuracy": int((logits.argmax(-1) == labels).sum()),
+            "accuracy": sum(right),
             "count": len(labels),
+            **{f"{RIGHT}{index}": count for index, count in enumerate(right)},
+            **{f"{SIDES}{index}": count for index, count in enumerate(sides)},
         }
+
+    def means(self, totals: Counter[str]) -> dict[str, float]:
+        """Loss and accuracy, and F1 averaged over the classes that occur, each counting the same.
+
+        F1 of a class is 2 tp / (2 tp + fp + fn): its right answers twice, over how often it was said and was so.
+        """
+        plain = Counter({name: total for name, total in totals.items() if not name.startswith((RIGHT, SIDES))})
+        counted = {
+            name.removeprefix(SIDES): total for name, total in totals.items() if name.startswith(SIDES) and total
+        }
+        scores = [2 * totals[RIGHT + index] / total for index, total in counted.items()]
+        return {**super().means(plain), "f1": sum(scores) / len(scores)}
 
 
 def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:

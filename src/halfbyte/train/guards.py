@@ -24,11 +24,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.errors import NonFiniteError
 from halfbyte.train.optimizers import library_options, make_optimizer
+from halfbyte.train.resume import Resumable
+from halfbyte.train.state import generators, set_generators
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from halfbyte.train.recipe import Recipe
 
 
-class Guards(transformers.Trainer):
+class Guards(Resumable):
     """Stands in front of a library's trainer in the list of base classes."""
 
     recipe: Recipe  # set by the trainer
@@ -106,15 +107,19 @@ class Guards(transformers.Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Means over the evaluation rows, by the task: `eval_loss` in nats, and what goes with it."""
+        """Means over the evaluation rows, by the task: `eval_loss` in nats, and what goes with it.
+
+        Measuring does not change the training: a data loader draws a seed, and dropout would go on from another one.
+        """
         model: Any = self.model
-        was_training = model.training
+        was_training, states = model.training, generators()
         model.eval()
         totals: Counter[str] = Counter()
         with torch.no_grad(), self.accelerator.autocast():
             for rows in self.get_eval_dataloader(eval_dataset):
                 totals.update(self.sums(model, self._prepare_inputs(rows)))
         model.train(was_training)
+        set_generators(states)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.means(totals).items()}
         self.log(dict(metrics))  # the library adds to what it logs
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -128,6 +133,16 @@ class Guards(transformers.Trainer):
         with torch.no_grad(), _watch_outputs(model) as found:
             self.forward_again(model, inputs)
         return f"the first tensor that is not finite is the output of {found[0]}" if found else "every output is finite"
+
+
+@contextmanager
+def float32_masters(model: torch.nn.Module) -> Iterator[None]:
+    """Undo what trl's trainers do when they are made: they round the masters of a model that calls itself 4-bit."""
+    masters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in masters and parameter.dtype != masters[name].dtype:
+            parameter.data = masters[name].to(parameter.device)
 
 
 @contextmanager
@@ -182,7 +197,7 @@ def options(recipe: Recipe, folder: Path, rows: int) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # it would replace a NaN by the last good loss in the log
         "eval_strategy": "steps" if recipe.eval_steps else "no",
         "eval_steps": recipe.eval_steps,
-        "save_strategy": "no",
+        "save_strategy": "no",  # until `Resumable.keep` has said of what
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": [],

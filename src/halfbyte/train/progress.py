@@ -23,26 +23,38 @@ class Metrics(TrainerCallback):
         seconds: of training, evaluations included, once it has ended.
         tokens: that were trained on or given, padding not counted.
         losses: every logged training loss.
+        path: of the file.
     """
 
     def __init__(self, path: Path, console: Console) -> None:
-        self._path, self._console = path, console
+        self.path, self._console = path, console
+        path.write_text("", encoding="utf-8")
         self._bar: Progress | None = None
         self._start = 0.0
+        self._before = 0.0  # seconds of training in earlier processes
         self.seconds = 0.0
         self.tokens = 0
         self.losses: list[float] = []
+
+    def state(self) -> dict[str, Any]:
+        """What a run that goes on in another process has to know."""
+        return {"seconds": self.seconds, "tokens": self.tokens, "losses": list(self.losses)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        self._before = self.seconds = state["seconds"]
+        self.tokens, self.losses = state["tokens"], list(state["losses"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock, and the bar on a terminal."""
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - self._before
         if self._console.is_terminal:
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self._console)
             self._bar.start()
-            self._bar.add_task("", total=state.max_steps)
+            self._bar.add_task("", total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
@@ -65,7 +77,7 @@ class Metrics(TrainerCallback):
                 self._bar.update(self._bar.task_ids[0], description=shown)
             else:
                 self._console.print(f"step {state.global_step}/{state.max_steps}  {shown}")
-        with self._path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ from halfbyte.errors import RecipeError, nearest
 from halfbyte.formats import BLOCK_SIZES, FORMATS
 
 Method = Literal["qlora", "lora", "full"]
-TaskName = Literal["causal-lm", "sequence-classification"]
+TaskName = Literal["causal-lm", "preference", "sequence-classification"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adamw_4bit", "galore_adamw", "galore_adamw_8bit"]
 # What transformers and bitsandbytes call them; a name that begins with "paged_" also says so.
 OPTIMIZER_ALIASES = {
@@ -62,7 +62,9 @@ class Recipe(BaseModel):
     model_name_or_path: str = Field(description="model folder, or a name on the Hugging Face hub")
     output_dir: str = Field(description="run directory; must not exist, or be empty")
     method: Method = Field("qlora", description="qlora: frozen base in few bits; lora: frozen base; full: all weights")
-    task: TaskName = Field("causal-lm", description="what is learnt: to write, or to say which class a text belongs to")
+    task: TaskName = Field(
+        "causal-lm", description="what is learnt: to write, to prefer one answer (DPO), or to say a text's class"
+    )
     seed: int = Field(42, ge=0, description="of initialisation, order and dropout")
 
     dataset: tuple[Source, ...] = Field(
@@ -75,7 +77,7 @@ class Recipe(BaseModel):
         None, gt=0, description="measure on rows held out of dataset: their share if below 1, else their number"
     )
     eval_metric: Literal["loss", "exact_match", "accuracy"] = Field(
-        "loss", description="what to measure on eval_dataset; of a classifier, loss and accuracy come together"
+        "loss", description="what to measure on eval_dataset; loss and accuracy come together where there are both"
     )
     max_new_tokens: int = Field(128, ge=1, description="longest answer when eval_metric is exact_match")
     max_length: int | None = Field(
@@ -87,6 +89,9 @@ class Recipe(BaseModel):
         "last turn, or on every token",
     )
     packing: bool = Field(False, description="several rows in one of max_length, each of which sees only itself")
+    dpo_beta: float = Field(
+        0.1, gt=0, description="preference: how dear it is to move away from the model at the start"
+    )
 
     format: str = Field("nf4", description="number format of the frozen base (qlora)")
     block_size: int = Field(64, description="weights that share a scale (qlora)")
@@ -109,7 +114,18 @@ class Recipe(BaseModel):
         True, description="how the adapter starts; true: it changes nothing at first"
     )
 
+    adapter_dtype: Literal["float32", "bf16", "nf4"] = Field(
+        "float32", description="what the adapter is rounded to after each step; float32 loses nothing"
+    )
+    adapter_rounding: Literal["stochastic", "nearest"] = Field(
+        "stochastic", description="how, where adapter_dtype is not float32; nearest takes small updates back"
+    )
+    adapter_error_feedback: bool = Field(False, description="add what rounding the adapter lost at the next step")
+
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    loraplus_lr_ratio: float = Field(
+        1.0, gt=0, description="LoRA+: the learning rate of the adapter's B over that of its A; the paper advises 16"
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data; max_steps takes precedence")
@@ -129,6 +145,17 @@ class Recipe(BaseModel):
 
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="measure the loss on eval_dataset every so many steps")
+
+    load_best_model_at_end: bool = Field(
+        False, description="keep the weights of the lowest eval_loss, measured every eval_steps, and not the last"
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="stop when so many measurements in a row have not lowered the best eval_loss"
+    )
+    save_steps: int | None = Field(500, ge=1, description="write a checkpoint every so many steps; null: at no step")
+    save_total_limit: int = Field(
+        2, ge=1, description="checkpoints to keep: the last ones, and the best of those with a loss on eval_dataset"
+    )
 
     @field_validator("dataset", "eval_dataset", mode="before")
     @classmethod
@@ -260,8 +287,18 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     metric = values.get("eval_metric")
     if metric == "accuracy" and task == "causal-lm":
         found.append("eval_metric is 'accuracy' but task is 'causal-lm', whose answers are texts; choose exact_match.")
-    if metric == "exact_match" and task == "sequence-classification":
-        found.append("eval_metric is 'exact_match' but task is 'sequence-classification'; choose accuracy.")
+    if metric == "exact_match" and task in ("preference", "sequence-classification"):
+        found.append(f"eval_metric is 'exact_match' but task is {task!r}; choose accuracy.")
+    if values.get("eval_steps") is None:
+        for key in ("load_best_model_at_end", "early_stopping_patience"):
+            if values.get(key) not in (None, False):
+                found.append(f"{key} is {values[key]!r} but eval_steps is not set; say how often to measure.")
+    if values.get("method") == "full":
+        for key in ("adapter_dtype", "loraplus_lr_ratio"):
+            if values.get(key) not in (None, Recipe.model_fields[key].default):
+                found.append(
+                    f"{key} is {values[key]!r} but method is 'full', which has no adapter; choose qlora or lora."
+                )
     optim, paged = values.get("optim"), values.get("paged")
     if isinstance(optim, str) and optim.startswith("galore"):
         method = values.get("method", Recipe.model_fields["method"].default)

@@ -2,7 +2,7 @@
 
 The order is that of cost. What can be wrong with a request (paths, columns, module names, ranks, the place to write) is
 checked before a weight is read; the weights are read before anything is trained; and the run directory appears when
-everything in it is complete.
+everything in it is complete. Until then its log and its checkpoints lie beside it, see `halfbyte.train.unfinished`.
 
     recipe.yaml            resolved, every key written out: `halfbyte train` of it repeats the run
     metrics.jsonl          one JSON object for each log
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from halfbyte.train.progress import Metrics
 from halfbyte.train.recipe import Recipe, is_hub_name
 from halfbyte.train.targets import check_targets, outline, trainable_report
 from halfbyte.train.tasks import TASKS, Task
+from halfbyte.train.unfinished import Unfinished, finished_summary, unfinished_run
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -66,13 +68,16 @@ class Inputs(DataInputs):
     head: tuple[str, ...]
 
 
-def train(recipe: Recipe, *, evaluator: Evaluator | None = None, console: Console | None = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe, *, evaluator: Evaluator | None = None, console: Console | None = None, resume: bool = False
+) -> dict[str, Any]:
     """Train as the recipe says.
 
     Args:
         recipe: what to do.
         evaluator: measures the model on `eval_dataset` before and after; None measures the loss.
         console: where progress is shown; None is stderr.
+        resume: go on from the newest checkpoint of an unfinished run of this recipe, if there is one.
 
     Returns:
         The summary, as `summary.json` holds it.
@@ -80,18 +85,21 @@ def train(recipe: Recipe, *, evaluator: Evaluator | None = None, console: Consol
     Raises:
         RequestError: the request is wrong; nothing was written.
         NonFiniteError: a loss or a gradient is not finite; the message names the first tensor.
+        StoppedError: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    from halfbyte.models import check_output_folder, new_folder
+    from halfbyte.models import check_output_folder
 
     console = console or Console(stderr=True)
     if recipe.is_local:
         env.go_offline()
     env.quiet_libraries()
+    if resume and (finished := finished_summary(recipe)) is not None:
+        console.print(f"{recipe.output_dir} is finished already")
+        return finished
     check_output_folder(recipe.output_dir)
     inputs = check_request(recipe)
-    with new_folder(recipe.output_dir) as folder:
-        summary = _train_into(folder, recipe, inputs, evaluator, console)
-    return summary
+    with unfinished_run(recipe, resume=resume, tell=console.print) as run:
+        return _train_in(run, recipe, inputs, evaluator, console)
 
 
 def check_request(recipe: Recipe) -> Inputs:
@@ -109,7 +117,7 @@ def check_request(recipe: Recipe) -> Inputs:
     config = _config(recipe)
     tokenizer = load_tokenizer(recipe.model_name_or_path)
     max_length = _max_length(recipe, config, tokenizer)
-    model = outline(config, recipe.task)
+    model = outline(config, task.model_task)
     targets: str | list[str] = [] if recipe.method == "full" else check_targets(recipe, model.shapes)
     return Inputs(task, tokenizer, max_length, targets, model.head)
 
@@ -154,8 +162,8 @@ def _max_length(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedT
     return recipe.max_length
 
 
-def _train_into(
-    folder: Path, recipe: Recipe, inputs: Inputs, evaluator: Evaluator | None, console: Console
+def _train_in(
+    run: Unfinished, recipe: Recipe, inputs: Inputs, evaluator: Evaluator | None, console: Console
 ) -> dict[str, Any]:
     from transformers import set_seed
 
@@ -170,14 +178,14 @@ def _train_into(
     cost = _cost_of(base)
     console.print(f"base: {base.halfbyte_report}")
     model = add_adapter(base, recipe, inputs.targets, inputs.head)
-    metrics = Metrics(folder / "metrics.jsonl", console)
+    metrics = Metrics(run.folder / "metrics.jsonl", console)
     trainer = task.trainer()(
         model,
         recipe,
         rows=rows.dataset,
         eval_rows=eval_rows.dataset if eval_rows else None,
         tokenizer=tokenizer,
-        folder=folder,
+        folder=run.folder,
         callbacks=[metrics],
     )
 
@@ -189,16 +197,14 @@ def _train_into(
         with trainer.accelerator.autocast():  # as in training: masters are float32, the base is in the compute dtype
             return evaluator(model, tokenizer, task.eval_examples)
 
-    before = measure()
-    try:
-        trainer.train()
-    finally:
-        metrics.close()
+    data = rows.report.as_dict()
+    trainer.keep(metrics, {"data": data, "before": None if run.checkpoint else measure()})
+    trainer.train_from(run.checkpoint)
     after = measure()
     summary = {
         "recipe": recipe.digest,
         **task.facts(tokenizer),
-        "data": rows.report.as_dict(),
+        "data": data,
         **cost,
         **trainable_report(model),
         "trained_whole": [*recipe.modules_to_save, *inputs.head],
@@ -208,11 +214,13 @@ def _train_into(
         "peak_memory_bytes": memory.host(),
         "peak_gpu_memory_bytes": memory.device(),
         "final_loss": metrics.losses[-1] if metrics.losses else None,
-        "before": before,
+        "before": trainer.facts["before"],
         "after": after,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
-    _write(folder, recipe, model, tokenizer, summary)
+    with run.finish(Path(recipe.output_dir).absolute()) as folder:
+        _write(folder, recipe, model, tokenizer, summary)
+        shutil.copyfile(metrics.path, folder / metrics.path.name)
     return summary
 
 
@@ -230,9 +238,10 @@ def load_base(recipe: Recipe, *, head: Sequence[str] = (), num_labels: int | Non
     from halfbyte.models import HalfbyteConfig, load_model
 
     path, compute = recipe.model_name_or_path, getattr(torch, recipe.compute_dtype)
+    task = TASKS[recipe.task].model_task
     if recipe.method != "qlora":
         dtype = torch.float32 if recipe.method == "full" else compute
-        return load_model(path, dtype=dtype, task=recipe.task, num_labels=num_labels)
+        return load_model(path, dtype=dtype, task=task, num_labels=num_labels)
     quantization = HalfbyteConfig(
         format=recipe.format,
         block_size=recipe.block_size,
@@ -240,7 +249,7 @@ def load_base(recipe: Recipe, *, head: Sequence[str] = (), num_labels: int | Non
         compute_dtype=compute,
         skip_modules=[*recipe.modules_to_save, *head] or None,  # what is trained whole cannot be packed
     )
-    return load_model(path, quantization=quantization, dtype=compute, task=recipe.task, num_labels=num_labels)
+    return load_model(path, quantization=quantization, dtype=compute, task=task, num_labels=num_labels)
 
 
 def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str], head: Sequence[str] = ()) -> Any:

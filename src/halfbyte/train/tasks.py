@@ -3,6 +3,7 @@
 | task                    | a row is               | the model gets            | the loss is on        |
 |---|---|---|---|
 | causal-lm               | a conversation, a text | nothing new               | tokens                |
+| preference              | two answers            | nothing new               | which one is better   |
 | sequence-classification | a text and its label   | a head, one row per class | the class of a text   |
 
 **A new head is trained whole.** The classes of a task are not in any pretrained model, so its head starts from random
@@ -28,8 +29,10 @@ from halfbyte.data import (
     pack,
     read_examples,
     read_labelled,
+    read_preferences,
     tokenize,
     tokenize_labelled,
+    tokenize_preferences,
 )
 
 if TYPE_CHECKING:
@@ -49,12 +52,14 @@ class Task(ABC):
         examples: the training set; `eval_examples`: what is measured on.
         labels: names of the classes; empty where there are none.
         peft_type: what peft calls the task.
+        model_task: what kind of model it takes, by `halfbyte.models`' name.
 
     Raises:
         DataError: see `read_examples` and `read_labelled`.
     """
 
     peft_type: ClassVar[str]
+    model_task: ClassVar[str] = "causal-lm"
     labels: tuple[str, ...] = ()
     examples: Examples[Any]
     eval_examples: Collection[Any]
@@ -125,10 +130,39 @@ class Writing(Task):
         return {"chat_template": Renderer(tokenizer).digest, "example_prompt": next(questions, None)}
 
 
+class Preferring(Task):
+    """preference: direct preference optimization on pairs of answers."""
+
+    peft_type = "CAUSAL_LM"
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.examples, self.eval_examples = _read(read_preferences, recipe)
+
+    def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+        """Both answers by the tokenizer's chat template."""
+        return tokenize_preferences(examples, Renderer(tokenizer), max_length=max_length)
+
+    def trainer(self) -> type[Guards]:
+        """trl's, guarded."""
+        from halfbyte.train.preference import PreferenceTrainer
+
+        return PreferenceTrainer
+
+    def settle(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Nothing."""
+
+    def facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Which chat template it was, and a question that the model can be asked afterwards."""
+        pair = next(iter(self.eval_examples or self.examples))
+        return {"chat_template": Renderer(tokenizer).digest, "example_prompt": pair.prompt[0]["content"]}
+
+
 class Classifying(Task):
     """sequence-classification: one class for each text, or pair of texts."""
 
     peft_type = "SEQ_CLS"
+    model_task = "sequence-classification"
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -164,4 +198,8 @@ class Classifying(Task):
         config.problem_type = "single_label_classification"
 
 
-TASKS: dict[str, type[Task]] = {"causal-lm": Writing, "sequence-classification": Classifying}
+TASKS: dict[str, type[Task]] = {
+    "causal-lm": Writing,
+    "preference": Preferring,
+    "sequence-classification": Classifying,
+}

@@ -18,7 +18,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte.data import IGNORE, pad_rows
-from halfbyte.train.guards import Guards, options
+from halfbyte.train.guards import Guards, float32_masters, options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,25 +92,21 @@ class Trainer(Guards, ModelLoss):
         callbacks: list[TrainerCallback],
     ) -> None:
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        # trl rounds the masters of a model that calls itself 4-bit to bfloat16; see Precision in the guards.
-        masters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         self.recipe = recipe
-        super().__init__(
-            model=model,
-            args=SFTConfig(
-                max_length=None,  # rows are already cut
-                dataset_kwargs={"skip_prepare_dataset": True},
-                **options(recipe, folder, len(rows)),
-            ),
-            data_collator=functools.partial(pad_rows, pad_id=pad_id),
-            train_dataset=rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
-        for name, parameter in model.named_parameters():
-            if name in masters and parameter.dtype != masters[name].dtype:
-                parameter.data = masters[name].to(parameter.device)
+        with float32_masters(model):
+            super().__init__(
+                model=model,
+                args=SFTConfig(
+                    max_length=None,  # rows are already cut
+                    dataset_kwargs={"skip_prepare_dataset": True},
+                    **options(recipe, folder, len(rows)),
+                ),
+                data_collator=functools.partial(pad_rows, pad_id=pad_id),
+                train_dataset=rows,
+                eval_dataset=eval_rows,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
 
     def forward_again(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         """As in training."""

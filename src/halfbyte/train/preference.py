@@ -1,0 +1,183 @@
+"""trl's DPOTrainer with the guards of `halfbyte.train.guards`: a model learns which of two answers is better.
+
+Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290, equation 7) raises the log-probability of the
+chosen answer over that of the rejected one, both relative to a *reference*, the model as it was before:
+
+    loss = -log sigmoid(beta * [(log p(chosen) - log ref(chosen)) - (log p(rejected) - log ref(rejected))])
+
+**The reference is measured once, before the first step**, by the very model that is then trained, and kept: one model
+is in memory, and one forward pass a step is saved. It is measured with the adapter *on*. The usual way, to switch the
+adapter off at each step, is the reference only if the adapter starts at zero (trl#4723): with PiSSA or OLoRA, which
+take the adapter out of the base, what is left without it is no model at all.
+
+The loss is a mean over the pairs of *all* micro-batches of a step.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn.functional import logsigmoid
+from torch.utils.data import DataLoader
+from trl import DPOConfig, DPOTrainer
+
+from halfbyte.data import IGNORE, pad_rows
+from halfbyte.train.guards import Guards, float32_masters, options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from halfbyte.train.recipe import Recipe
+
+REFERENCE = "reference.safetensors"
+SIDES = ("chosen", "rejected")
+
+
+def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """trl's layout of a batch: the chosen sides, then the rejected ones.
+
+    Args:
+        rows: of `data.tokenize_preferences`, perhaps with `ref_chosen_logps` and `ref_rejected_logps`.
+        pad_id: any token id.
+
+    Returns:
+        `input_ids`, `attention_mask` and `completion_mask` (1 where a token is trained), int64 [2 rows, longest];
+        `ref_chosen_logps` and `ref_rejected_logps`, float32 [rows], where rows have them.
+    """
+    sides = []
+    for side in SIDES:
+        for row in rows:
+            prompt, answer = list(row["prompt_ids"]), list(row[f"{side}_ids"])
+            sides.append({"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer})
+    batch = pad_rows(sides, pad_id)
+    batch["completion_mask"] = (batch.pop("labels") != IGNORE).long()
+    for side in SIDES:
+        if f"ref_{side}_logps" in rows[0]:
+            batch[f"ref_{side}_logps"] = torch.tensor([row[f"ref_{side}_logps"] for row in rows])
+    return batch
+
+
+class PreferenceTrainer(Guards, DPOTrainer):
+    """Trains on rows of `data.tokenize_preferences`.
+
+    Args:
+        model: a causal language model, with a peft adapter unless everything is trained; as it is, it is the reference.
+        recipe: how to train.
+        rows: the training set; `eval_rows`: the set that `evaluate` measures on.
+        tokenizer: trl asks for it; it is never used on the data.
+        folder: where the reference is kept for a run that is gone on with.
+        callbacks: as transformers has them.
+    """
+
+    loss_is_scaled_for_ga = True  # by `compute_loss`
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        *,
+        rows: Dataset,
+        eval_rows: Dataset | None,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        self.recipe = recipe
+        with float32_masters(model):
+            super().__init__(
+                model=model,
+                args=DPOConfig(
+                    beta=recipe.dpo_beta,
+                    max_length=None,  # rows are already cut
+                    disable_dropout=not recipe.lora_dropout,  # trl's default would silence what the recipe asks for
+                    # For method: full, keeps trl from loading a second model. How is `_precompute_ref_logps`' business.
+                    precompute_ref_log_probs=recipe.method == "full",
+                    **options(recipe, folder, len(rows)),
+                ),
+                data_collator=functools.partial(collate_pairs, pad_id=pad_id),
+                train_dataset=rows,
+                eval_dataset=eval_rows,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
+        self.train_dataset = self._with_reference(rows, folder / f"train_{REFERENCE}")
+        self.eval_dataset = None if eval_rows is None else self._with_reference(eval_rows, folder / f"eval_{REFERENCE}")
+        self.precompute_ref_logps = True  # trl then takes it from the rows
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        """Nothing: rows arrive tokenized."""
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
+        """Not here; trl would hash the weights to name a cache beside the data."""
+        return dataset
+
+    def _with_reference(self, rows: Dataset, path: Path) -> Dataset:
+        """The rows with columns `ref_chosen_logps` and `ref_rejected_logps`, from `path` or from the model as it is."""
+        from datasets import Dataset, concatenate_datasets
+
+        digest = hashlib.sha256(repr([rows[f"{part}_ids"][:] for part in ("prompt", *SIDES)]).encode()).hexdigest()
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                if file.metadata().get("rows") == digest:
+                    found = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
+                    return concatenate_datasets([rows, Dataset.from_dict(found)], axis=1)
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        parts = []
+        batches = DataLoader(rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        with torch.no_grad(), self.accelerator.autocast():
+            for batch in batches:
+                parts.append(self._log_probabilities(model, self._prepare_inputs(batch)).float().cpu())
+        model.train(was_training)
+        both = torch.cat(parts, dim=1)
+        tensors = {f"ref_{side}_logps": values.contiguous() for side, values in zip(SIDES, both, strict=True)}
+        save_file(tensors, path, metadata={"rows": digest})
+        return concatenate_datasets([rows, Dataset.from_dict({n: t.tolist() for n, t in tensors.items()})], axis=1)
+
+    def _log_probabilities(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """Of the answers: [2, pairs], the chosen ones first."""
+        return torch.stack(self.forward_again(model, batch).log_probs.sum(dim=1).chunk(2))
+
+    def forward_again(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+        """With trl's fused head, as in training."""
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE)
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return model(**given, labels=labels, use_cache=False, fused_lm_head=True)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        return sum(len(batch["input_ids"]) for batch in batch_samples) // 2
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """trl's mean over the pairs of a micro-batch, as its share of the mean over the pairs of the step."""
+        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        return loss if num_items_in_batch is None else loss * (len(inputs["input_ids"]) / 2 / num_items_in_batch)
+
+    def sums(self, model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, float]:
+        """The loss over pairs, by how much and how often the chosen answer leads, and how many pairs there are."""
+        reference = torch.stack([batch[f"ref_{side}_logps"] for side in SIDES])
+        chosen, rejected = self._log_probabilities(model, batch) - reference
+        margins = self.beta * (chosen - rejected).double()
+        return {
+            "loss": -float(logsigmoid(margins).sum()),
+            "margin": float(margins.sum()),
+            "accuracy": int((margins > 0).sum()),
+            "count": len(margins),
+        }
