@@ -20,10 +20,6 @@ constexpr float kTiny = 1e-38f;
 // The two multipliers are those of lowbias32 (Chris Wellons), the first one is 2^32 divided by the golden ratio.
 constexpr uint32_t kHash1 = 0x9e3779b1, kHash2 = 0x7feb352d, kHash3 = 0x846ca68b;
 
-// Elements between what is computed and what is fetched from memory. 16.7 M parameters with 8-bit states took 27.5 ms
-// without fetching, 28.0 with 256 or 512 elements ahead and 20.7 with 1024, on two cores of an Intel Xeon with AMX.
-constexpr int64_t kAhead = 1024;
-
 // What a stage works on; padded to whole vectors of any width.
 struct Buffers {
     alignas(64) float param[kAdamWBlock], grad[kAdamWBlock], moment1[kAdamWBlock], moment2[kAdamWBlock];
@@ -370,21 +366,6 @@ struct AdamWStep {
         }
     }
 
-    static void fetch(const void *data, int64_t at, int64_t count, int bits) {
-        const char *const begin = static_cast<const char *>(data) + at * bits / 8;
-        for (int64_t i = 0; i < count * bits / 8; i += 64) __builtin_prefetch(begin + i, 1);
-    }
-
-    // The stages of a block read their arrays one after the other and compute in between, which the processor's own
-    // prefetching follows badly.
-    static void fetch_ahead(const hb_adamw_tensor &t, int64_t at, int64_t count) {
-        const int bits = t.state == HB_STATE_FLOAT32 ? 32 : t.state == HB_STATE_8BIT ? 8 : 4;
-        fetch(t.master ? t.master : t.param, at, count, t.master || t.param_dtype == HB_FLOAT32 ? 32 : 16);
-        fetch(t.grad, at, count, t.grad_dtype == HB_FLOAT32 ? 32 : 16);
-        fetch(t.state1, at, count, bits);
-        fetch(t.state2, at, count, bits);
-    }
-
     // Elements [at, at + count) of a tensor; `at` is a multiple of a block.
     static void run(const hb_adamw_tensor &t, const hb_adamw_options &o, const RankOne &next, int64_t at,
                     int64_t count) {
@@ -392,7 +373,6 @@ struct AdamWStep {
         const int64_t block = t.state == HB_STATE_4BIT ? kAdamWBlock4 : kAdamWBlock;
         for (const int64_t end = at + count; at < end; at += block) {
             const int64_t size = std::min(block, end - at);
-            fetch_ahead(t, at + kAhead, std::min(block, t.count - at - kAhead));
             switch (t.state) {
                 case HB_STATE_FLOAT32: block_float(t, o, at, size, b); break;
                 case HB_STATE_8BIT: block8(t, o, at, size, b); break;
