@@ -85,7 +85,8 @@ class _Assemble(ConversionOps):
     """The keys of a packed tensor become a quantized parameter; a key that stands alone is a dense tensor."""
 
     def __init__(self, quantizer: HalfbyteQuantizer) -> None:
-        self.quantizer = quantizer
+        # Under this name transformers looks for it: without, it casts float32 scales and tables to the model's dtype.
+        self.hf_quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The stored keys of one parameter ("weight", "weight.absmax", ...) to that parameter."""
