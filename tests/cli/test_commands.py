@@ -30,7 +30,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_quantize_then_info_counts_bits_from_bytes(tiny_llama, tmp_path):
-    told = run("quantize", tiny_llama, "-o", tmp_path / "q", "--block-size", 32, "--scale-bits", "none")
+    told = run("quantize", tiny_llama, "-o", tmp_path / "q", "--block-size", 32, "--scale-bits", "32")
     assert "5.000 bits" in told  # 4 + 32 / 32
     facts = json.loads(run("info", tmp_path / "q", "--json"))
     dense = json.loads(run("info", tiny_llama, "--json"))
