@@ -257,12 +257,14 @@ def decode_directory(data: bytes, offset: int) -> Directory:
     _need(isinstance(value, dict), "directory", "is not an object")
     files, tensors = value.get("files"), value.get("tensors")
     _need(isinstance(files, dict) and isinstance(tensors, dict), "directory", "lacks files or tensors")
-    directory = Directory(str(value.get("generator")))
+    generator = value.get("generator")
+    directory = Directory(generator if isinstance(generator, str) and generator.isprintable() else "unknown")
     for name, section in files.items():
         _need(bool(_FILE_NAME.fullmatch(name)), f"file {name!r}", "has a name that is no plain file name")
         directory.files[name] = decode_section(f"file {name}", section, None)
     for name, entry in tensors.items():
-        _need(0 < len(name) <= _MAX_NAME, f"tensor {name[:40]!r}", f"has a name of {len(name)} characters")
+        fine = 0 < len(name) <= _MAX_NAME and name.isprintable()
+        _need(fine, f"tensor {name[:40]!r}", f"has a name that is empty, not printable or above {_MAX_NAME} characters")
         _need(isinstance(entry, dict), f"tensor {name}", "is not described by an object")
         if "same_as" in entry:
             directory.aliases[name] = entry["same_as"]
@@ -346,7 +348,7 @@ def _decode_spec(what: str, value: Mapping[str, Any]) -> QuantSpec:
     try:
         spec = QuantSpec(value["format"], value.get("block_size"), None if bits == 32 else bits)  # type: ignore[arg-type]
     except (FormatError, TypeError) as error:
-        raise CheckpointError(f"is damaged: {what} has an encoding that is not offered: {error}") from None
+        raise CheckpointError(f"is damaged: {what} has an encoding not offered: {str(error)[:200]}") from None
     second = spec.scale_bits is None or value.get("scale_block") == SCALE_BLOCK
     _need(second, what, f"has second-level blocks of {value.get('scale_block')!r}, not {SCALE_BLOCK}")
     return spec
@@ -354,12 +356,14 @@ def _decode_spec(what: str, value: Mapping[str, Any]) -> QuantSpec:
 
 def _check_tables(value: Mapping[str, Any], directory: Directory) -> None:
     """Kernels have the tables built in: a file with others would be decoded to other numbers without a word."""
+    codebooks, scale_tables = value.get("codebooks"), value.get("scale_tables")
+    _need(isinstance(codebooks, dict) and isinstance(scale_tables, dict), "directory", "lacks its tables")
+    assert isinstance(codebooks, dict) and isinstance(scale_tables, dict)
     for spec in {entry.spec for entry in directory.tensors.values() if entry.spec is not None}:
-        found = (value.get("codebooks") or {}).get(spec.format)
-        _need(found == list(spec.codebook.values), f"codebook {spec.format}", "is not the table of that format")
+        same = codebooks.get(spec.format) == list(spec.codebook.values)
+        _need(same, f"codebook {spec.format}", "is not the table of that format")
         if spec.scale_bits is not None:
-            found = (value.get("scale_tables") or {}).get(str(spec.scale_bits))
-            same = found == scale_table(spec.scale_bits).tolist()
+            same = scale_tables.get(str(spec.scale_bits)) == scale_table(spec.scale_bits).tolist()
             _need(same, f"scale table {spec.scale_bits}", "is not the table of that width")
 
 
@@ -385,4 +389,5 @@ def _is_size(value: Any) -> bool:
 
 def _need(condition: bool, what: str, problem: str) -> None:
     if not condition:
-        raise CheckpointError(f"is damaged: {what} {problem}")
+        # What a hostile file says is quoted, and may be long.
+        raise CheckpointError(f"is damaged: {what} {problem[:200]}")
