@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 HIDDEN, FFN, LAYERS, VOCAB = 1024, 4096, 24, 16_000
 LARGEST = VOCAB * HIDDEN * 2  # bytes of the embedding in bfloat16
 # What is beside the largest tensor: its checksum's and quantizer's buffers, the directory, what the allocator keeps.
-ALLOWANCE = 90_000_000
+ALLOWANCE = 50_000_000
 
 QUANTIZE = """
 import json, re, sys

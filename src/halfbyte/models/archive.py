@@ -8,6 +8,7 @@ model's parameters; names that the model ties are recorded and stored once.
 from __future__ import annotations
 
 import copy
+import ctypes
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,6 +32,9 @@ from halfbyte.tensor import QuantizedTensor
 
 # What a tokenizer, a chat template, a generation config and a licence are stored in. Weights and code are not.
 _FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+
+# Bytes of tensors between two times that freed memory is given back.
+_TRIM_EVERY = 1 << 24
 
 
 def save_model(
@@ -111,18 +115,34 @@ def _fingerprint(source: Path) -> list[list[Any]]:
 
 def _taker(archive: ArchiveWriter) -> Sink:
     """Writes each parameter as it is made and gives back one without memory."""
+    since_trim = 0
 
     def take(model: nn.Module, name: str, make: Callable[[], torch.Tensor]) -> nn.Parameter:
+        nonlocal since_trim
         if archive.has(name):
-            placeholder = archive.placeholder(name)
-        else:
-            made = make().detach()
-            # Some checkpoints hold both copies of a tied head; without their bytes transformers cannot see that.
-            archive.add(name, made, _partners(model, name))
-            placeholder = made.to("meta")
+            return nn.Parameter(archive.placeholder(name), requires_grad=False)
+        made = make().detach()
+        # Some checkpoints hold both copies of a tied head; without their bytes transformers cannot see that.
+        archive.add(name, made, _partners(model, name))
+        placeholder = made.to("meta")
+        since_trim += made.numel() * made.element_size()
+        del made
+        if since_trim > _TRIM_EVERY:
+            _trim()
+            since_trim = 0
         return nn.Parameter(placeholder, requires_grad=False)
 
     return take
+
+
+def _trim() -> None:
+    """Let the C library give freed memory back: glibc keeps up to 32 MB of each freed tensor's size for later.
+
+    Without, quantizing a 435 M Llama peaked at 166 MB over the idle process; the largest tensor has 33.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _partners(model: Any, name: str) -> list[str]:
