@@ -17,6 +17,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -65,6 +66,7 @@ class ArchiveWriter:
         asked = {"generator": self.directory.generator, "compress": compress, "request": dict(request)}
         self._request = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         self.written = 0
+        self._checksums = ThreadPoolExecutor(1)
         self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
             self._lock()
@@ -133,6 +135,7 @@ class ArchiveWriter:
     def finish(self) -> int:
         """Write directory and header, bring everything to the disk and put the archive in its place; its bytes."""
         self._journal.close()
+        self._checksums.shutdown()
         encoded = encode_directory(self.directory)
         os.ftruncate(self._file, self._end)
         self._put(encoded, self._end)
@@ -153,6 +156,7 @@ class ArchiveWriter:
             keep: leave them for a later run to continue.
         """
         self._journal.close()
+        self._checksums.shutdown()
         if not keep:
             self.partial.unlink(missing_ok=True)
             self.journal.unlink(missing_ok=True)
@@ -174,11 +178,13 @@ class ArchiveWriter:
     def _write(self, data: memoryview, entropy: bool) -> Section:
         frames = archive_codec.compress(data) if entropy and self._compress else None
         pieces = [data] if frames is None else frames
-        offset, place, crc = self._end, self._end, 0
+        offset, place = self._end, self._end
+        # Both let go of the interpreter, so a large tensor is checked and written at once.
+        checksum = self._checksums.submit(_crc32, pieces)
         for piece in pieces:
-            crc = zlib.crc32(piece, crc)
             self._put(piece, place)
             place += len(piece)
+        crc = checksum.result()
         self._end = aligned(place)
         os.ftruncate(self._file, place)  # what a tensor that its partner stands for has left here
         os.ftruncate(self._file, self._end)  # zeros up to the next section
@@ -322,6 +328,13 @@ def check_output_archive(path: str | Path) -> Path:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"there is no permission to write into {parent}")
     return file
+
+
+def _crc32(pieces: Iterable[bytes | memoryview]) -> int:
+    crc = 0
+    for piece in pieces:
+        crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
