@@ -175,6 +175,7 @@ def test_the_same_request_unspoiled_succeeds(place):
         (["--format", "nf5"], "did you mean 'nf4'"),
         (["--scale-bits", "5"], "--scale-bits 5 is not offered"),
         (["--skip", "q_porj"], "q_porj"),
+        (["--compress"], "--compress makes archives only"),
     ],
 )
 def test_quantize_refuses(place, options, expected):

@@ -30,7 +30,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_quantize_then_info_counts_bits_from_bytes(tiny_llama, tmp_path):
-    told = run("quantize", tiny_llama, "-o", tmp_path / "q", "--block-size", 32, "--scale-bits", "none")
+    told = run("quantize", tiny_llama, "-o", tmp_path / "q", "--block-size", 32, "--scale-bits", "32")
     assert "5.000 bits" in told  # 4 + 32 / 32
     facts = json.loads(run("info", tmp_path / "q", "--json"))
     dense = json.loads(run("info", tiny_llama, "--json"))
@@ -40,6 +40,29 @@ def test_quantize_then_info_counts_bits_from_bytes(tiny_llama, tmp_path):
     assert facts["bits_per_quantized_parameter"] == 5.0
     assert 0.5 < facts["quantized_share"] < 1
     assert facts["bits_per_parameter"] == pytest.approx(8 * facts["bytes"] / facts["parameters"], rel=1e-3)
+
+
+def test_quantize_into_an_archive_and_use_it(tiny_llama, tmp_path):
+    archive = tmp_path / "model.nf4dq"
+    told = run("quantize", tiny_llama, "-o", archive, "--block-size", 32, "--quantize-embeddings")
+    assert "MB/s), peak memory" in told and str(archive) in told
+    facts = json.loads(run("info", archive, "--json"))
+    assert facts["kind"] == "archive" and facts["architecture"] == "LlamaForCausalLM"
+    assert facts["bytes"] == archive.stat().st_size
+    assert facts["tensors"]["model.embed_tokens.weight"]["format"] == "nf4"
+    assert facts["tensors"]["lm_head.weight"] == {"same_as": "model.embed_tokens.weight"}
+    assert "nf4 block 32 scales 8" in run("info", archive)
+    folder = tmp_path / "folder"
+    run("quantize", archive, "-o", folder, "--block-size", 32, "--quantize-embeddings")
+    answers = [run("generate", model, "-p", "abc", "--max-new-tokens", 4) for model in (archive, folder)]
+    assert answers[0] == answers[1]
+
+
+def test_compression_is_reported_for_float32_and_float16(tiny_llama, tmp_path):
+    pytest.importorskip("zstandard", reason="zstandard is not installed")
+    told = run("quantize", tiny_llama, "-o", tmp_path / "model.nf4dq", "--compress")
+    bits = json.loads(run("info", tmp_path / "model.nf4dq", "--json"))["bits_per_quantized_parameter"]
+    assert f"-> {bits:.3f} bits a quantized parameter, 1/{32 / bits:.2f} of float32 and 1/{16 / bits:.2f} of" in told
 
 
 def test_train_then_generate_from_the_run_directory(tiny_llama, tmp_path, write_rows):

@@ -56,6 +56,15 @@ def test_a_causal_model_loads_runs_and_round_trips(folder_of, ids, tmp_path, fam
     assert torch.equal(hb.load_model(tmp_path / "twice")(ids).logits, logits)
 
 
+def test_a_16_bit_model_keeps_its_float32_scales_when_it_is_loaded_again(folder_of, ids, tmp_path):
+    """transformers casts every floating key to the model's dtype unless the load operation says that it handles it."""
+    model = hb.load_model(folder_of("llama"), quantization=hb.HalfbyteConfig(**CONFIG), dtype=torch.bfloat16)
+    hb.save_model(model, tmp_path / "saved")
+    again = hb.load_model(tmp_path / "saved")
+    assert all(weight.same_bytes(packed(model)[name]) for name, weight in packed(again).items())
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_report_counts_what_is_there(folder_of, family):
     """Trap 9: Mixtral's experts are 3-D parameters, GPT-2's layers are no nn.Linear."""

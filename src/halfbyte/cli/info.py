@@ -15,17 +15,22 @@ from halfbyte.errors import CheckpointError
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "safetensors", "bitsandbytes")
 STATE_MARKER = ".quant_state."
+ARCHIVE = ".nf4dq"
 
 
 def info(
-    folder: Annotated[Path | None, typer.Argument(help="Model, adapter or run directory.", show_default=False)] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Archive, or model, adapter or run directory.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what this machine runs and why, or what a folder holds."""
+    """Show what this machine runs and why, or what a folder or an archive holds."""
     facts = machine_info() if folder is None else folder_info(folder)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
+    if facts.get("kind") == "archive":
+        facts = {key: value for key, value in facts.items() if key != "tensors"} | {"tensors": _table(facts["tensors"])}
     for key, value in facts.items():
         if isinstance(value, dict):
             typer.echo(f"{key}:")
@@ -55,11 +60,13 @@ def machine_info() -> dict[str, Any]:
 
 
 def folder_info(folder: Path) -> dict[str, Any]:
-    """What a folder holds, from its configs and the headers of its safetensors files; no weight is read.
+    """What a folder or an archive holds, from its configs and the headers of its files; no weight is read.
 
     Raises:
-        CheckpointError: the folder is missing or is neither a model nor an adapter.
+        CheckpointError: it is missing or is neither a model nor an adapter.
     """
+    if folder.suffix == ARCHIVE:
+        return _archive_info(folder)
     if not folder.is_dir():
         raise CheckpointError(f"folder {folder} does not exist.")
     if (folder / "adapter_config.json").is_file():
@@ -67,6 +74,28 @@ def folder_info(folder: Path) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         return _model_info(folder)
     raise CheckpointError(f"folder {folder} is neither a model (config.json) nor an adapter (adapter_config.json).")
+
+
+def _archive_info(path: Path) -> dict[str, Any]:
+    from halfbyte.models import Archive, check_model_folder, describe
+
+    config = check_model_folder(path)
+    facts = describe(Archive(path))
+    architecture = ", ".join(config.get("architectures") or [config.get("model_type", "?")])
+    return {"kind": facts.pop("kind"), "architecture": architecture} | facts
+
+
+def _table(tensors: dict[str, Any]) -> dict[str, str]:
+    """One line for each tensor of an archive."""
+    lines = {}
+    for name, fact in tensors.items():
+        if "same_as" in fact:
+            lines[name] = f"same as {fact['same_as']}"
+            continue
+        size = "x".join(map(str, fact["shape"]))
+        how = f", {fact['format']} block {fact['block_size']} scales {fact['scale_bits']}" if "format" in fact else ""
+        lines[name] = f"{fact['dtype']} {size}{how}, {fact['bytes']:,} bytes"
+    return lines
 
 
 def _adapter_info(folder: Path) -> dict[str, Any]:

@@ -3,27 +3,37 @@
 Importing this package registers halfbyte with transformers.
 """
 
-from halfbyte.models.checkpoint import Checkpoint, check_model_folder, open_checkpoint, read_config
+from halfbyte.models.archive import quantize_to_archive, save_model
+from halfbyte.models.archive_reader import Archive, describe, is_archive
+from halfbyte.models.archive_writer import check_output_archive
+from halfbyte.models.checkpoint import Checkpoint, read_config
 from halfbyte.models.config import HalfbyteConfig
-from halfbyte.models.loading import TASKS, load_model, load_tokenizer
+from halfbyte.models.loading import TASKS, load_config, load_model, load_tokenizer
 from halfbyte.models.loftq import init_loftq
 from halfbyte.models.quantizer import HalfbyteQuantizer
-from halfbyte.models.saving import check_output_folder, new_folder, save_model
+from halfbyte.models.saving import check_output_folder, new_folder
+from halfbyte.models.sources import check_model_folder, open_checkpoint
 from halfbyte.nn import QuantizationReport
 
 __all__ = [
     "TASKS",
+    "Archive",
     "Checkpoint",
     "HalfbyteConfig",
     "HalfbyteQuantizer",
     "QuantizationReport",
     "check_model_folder",
+    "check_output_archive",
     "check_output_folder",
+    "describe",
     "init_loftq",
+    "is_archive",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "new_folder",
     "open_checkpoint",
+    "quantize_to_archive",
     "read_config",
     "save_model",
 ]

@@ -104,10 +104,10 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Checkpoint(Mapping[str, LazyTensor]):
-    """All tensors of a model folder, by key.
+    """All tensors of a model, by key.
 
     Attributes:
-        path: the folder.
+        path: the folder, or the archive.
         config: config.json, as a dict.
         tensors: key -> lazy tensor.
         failures: errors met while tensors were read, first one first.
@@ -157,7 +157,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_folder(path: str | Path) -> Checkpoint:
     """Open a model folder: read its config and every shard's header, and check that all of it is there.
 
     Raises:
@@ -174,15 +174,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{shard} lacks {absent[0]}, which {INDEX} says is in it")
         tensors.update(found)
     return Checkpoint(folder, config, tensors, failures)
-
-
-def check_model_folder(path: str | Path) -> dict[str, Any]:
-    """Check a model folder without reading weights; returns its config.
-
-    Raises:
-        CheckpointError: see `open_checkpoint`.
-    """
-    return open_checkpoint(path).config
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:

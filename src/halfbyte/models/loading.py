@@ -11,6 +11,8 @@ is; bitsandbytes need not be installed.
 from __future__ import annotations
 
 import copy
+import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ import torch
 from halfbyte import env
 from halfbyte.errors import CheckpointError, FormatError, RequestError, nearest
 from halfbyte.formats import QuantSpec
-from halfbyte.models.checkpoint import Checkpoint, open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.config import HalfbyteConfig
 from halfbyte.models.fused import PARTS, fuse
 from halfbyte.models.quantizer import collect_failures
+from halfbyte.models.sources import model_files, open_checkpoint
 from halfbyte.nn import report
 from halfbyte.tensor import read_spec
 
@@ -43,6 +46,7 @@ def load_model(
     num_labels: int | None = None,
     device: torch.device | str | None = None,
     fused: bool = True,
+    verify: bool = True,
 ) -> Any:
     """Load a transformers model, quantizing it on the way if asked to.
 
@@ -51,7 +55,7 @@ def load_model(
     both for one call, `fused=False` for the model; in eval mode there are always logits.
 
     Args:
-        path: a model folder (nothing touches the network then), or a name on the hub.
+        path: a model folder or a `.nf4dq` archive (nothing touches the network then), or a name on the hub.
         quantization: how to quantize; None loads the model as it is stored. A folder that is 4-bit already is loaded as
             it is when its encoding is the one asked for.
         dtype: dtype of everything that is not quantized, and the logical dtype of what is; None or "auto": the
@@ -60,6 +64,8 @@ def load_model(
         num_labels: classes of a new classification head.
         device: where to put it; None: the CPU.
         fused: whether modules run halfbyte's operations where these stand for the same computation.
+        verify: compare an archive's checksums before it is used. Without, it is mapped and nothing of it is read until
+            it is needed, and damage shows as wrong numbers.
 
     Returns:
         The model in eval mode; `model.halfbyte_report` says what was quantized, `model.halfbyte_fused` which parts were
@@ -73,14 +79,16 @@ def load_model(
     env.quiet_libraries()
     if task not in TASKS:
         raise RequestError(f"task {task!r} is not offered; {nearest(task, TASKS)}")
-    folder = _resolve(path)
-    checkpoint = open_checkpoint(folder)
-    config = _model_config(checkpoint, num_labels)
+    folder = resolve(path)
+    checkpoint = open_checkpoint(folder, verify=verify)
+    options = {} if num_labels is None else {"num_labels": num_labels}
+    config = load_config(checkpoint.path, **options)
     stored = _stored_quantization(checkpoint, quantization)
     if stored is not None:
         config.quantization_config = stored.own_dict()
         quantization = None
     model = _load(checkpoint, config, task, quantization, dtype)
+    _read_generation_config(model, checkpoint.path)
     model.config._name_or_path = str(path)
     model.name_or_path = str(path)
     if not hasattr(model, "halfbyte_report"):
@@ -89,8 +97,29 @@ def load_model(
     return model.to(device).eval() if device is not None else model.eval()
 
 
+def load_config(path: str | Path, **options: Any) -> Any:
+    """transformers' config of a model folder, an archive, or a name on the hub.
+
+    Args:
+        path: as for `load_model`.
+        options: fields to set.
+
+    Raises:
+        CheckpointError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with model_files(path) as folder:
+            return AutoConfig.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{Path(path) / 'config.json'}: {_first_line(error)}") from None
+
+
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a model folder (nothing touches the network then) or of a name on the hub.
+    """The tokenizer of a model folder or an archive (nothing touches the network then) or of a name on the hub.
 
     Raises:
         CheckpointError: there is none.
@@ -101,13 +130,24 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        with ExitStack() as files:
+            tokenizer = AutoTokenizer.from_pretrained(files.enter_context(model_files(path)))
+            # A tokenizer may copy its files when it is saved: an archive's, unpacked, stay as long as it does.
+            weakref.finalize(tokenizer, files.pop_all().close)
+        tokenizer.name_or_path = str(path)
+        return tokenizer
     except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} has no tokenizer that transformers can read: {_first_line(error)}") from None
 
 
-def _resolve(path: str | Path) -> Path:
-    """A local folder; a hub name is downloaded (safetensors, config and tokenizer only) and its folder returned."""
+def resolve(path: str | Path) -> Path:
+    """A local folder; a hub name is downloaded (safetensors, config and tokenizer only) and its folder returned.
+
+    Raises:
+        CheckpointError: the hub does not have it or cannot be reached.
+    """
     folder = Path(path)
     name = str(path)
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -121,16 +161,6 @@ def _resolve(path: str | Path) -> Path:
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = _first_line(error)
         raise CheckpointError(f"{name} is neither a folder here nor to be had from the hub: {reason}") from None
-
-
-def _model_config(checkpoint: Checkpoint, num_labels: int | None) -> Any:
-    from transformers import AutoConfig
-
-    options = {} if num_labels is None else {"num_labels": num_labels}
-    try:
-        return AutoConfig.from_pretrained(checkpoint.path, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {_first_line(error)}") from None
 
 
 def _stored_quantization(checkpoint: Checkpoint, wanted: HalfbyteConfig | None) -> HalfbyteConfig | None:
@@ -201,6 +231,18 @@ def _load(
     if missing:
         raise CheckpointError(f"{checkpoint.path} lacks {len(missing)} weights of the model, the first is {missing[0]}")
     return model
+
+
+def _read_generation_config(model: Any, path: Path) -> None:
+    """The generation config beside the weights; transformers reads it only where it was given a name to load from."""
+    from transformers import GenerationConfig
+
+    with model_files(path) as folder:
+        if model.can_generate() and (Path(folder) / "generation_config.json").is_file():
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            except (OSError, ValueError, TypeError) as error:
+                raise CheckpointError(f"{path} has a damaged generation_config.json: {_first_line(error)}") from None
 
 
 def _may_be_new(model: Any, name: str, task: str) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from halfbyte.errors import CheckpointError, RequestError
-from halfbyte.models.checkpoint import Checkpoint, open_checkpoint
+from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.sources import open_checkpoint
 from halfbyte.nn import Linear4bit
 from halfbyte.tensor import QuantizedTensor
 

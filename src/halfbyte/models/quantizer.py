@@ -8,7 +8,7 @@ quantized already). Nothing in transformers is patched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
@@ -61,6 +61,22 @@ def _remembered() -> Iterator[None]:
         raise
 
 
+# Where finished parameters go instead of into the model, so that a model larger than the memory can be quantized. It
+# gets the model, a parameter's name and a way to make it, and returns the placeholder (on the meta device) for it.
+Sink = Callable[[nn.Module, str, Callable[[], torch.Tensor]], nn.Parameter]
+_sink: ContextVar[Sink | None] = ContextVar("halfbyte_sink", default=None)
+
+
+@contextmanager
+def into_sink(sink: Sink) -> Iterator[None]:
+    """Hand every parameter that is loaded and quantized to `sink`."""
+    token = _sink.set(sink)
+    try:
+        yield
+    finally:
+        _sink.reset(token)
+
+
 class _Quantize(ConversionOps):
     """A dense tensor from a checkpoint becomes a quantized parameter."""
 
@@ -72,20 +88,31 @@ class _Quantize(ConversionOps):
         result = {}
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
-            kind = self.quantizer.plan.chosen.get(name)
             with _remembered():
-                if kind is not None:
-                    dense = quantize_parameter(name, dense, kind, self.quantizer.quantization_config.spec)
-                    _check_shape(kwargs["model"], name, dense)
-                result[name] = dense
+                result[name] = self._convert_one(kwargs["model"], name, dense)
         return result
+
+    def _convert_one(self, model: nn.Module, name: str, dense: torch.Tensor) -> torch.Tensor:
+        kind, spec, sink = self.quantizer.plan.chosen.get(name), self.quantizer.quantization_config.spec, _sink.get()
+
+        def make() -> torch.Tensor:
+            made = dense if kind is None else quantize_parameter(name, dense, kind, spec)
+            _check_shape(model, name, made)
+            return made
+
+        return make() if sink is None else sink(model, name, make)
 
 
 class _Assemble(ConversionOps):
     """The keys of a packed tensor become a quantized parameter; a key that stands alone is a dense tensor."""
 
     def __init__(self, quantizer: HalfbyteQuantizer) -> None:
-        self.quantizer = quantizer
+        # Under this name transformers looks for it: without, it casts float32 scales and tables to the model's dtype.
+        self.hf_quantizer = quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Assemble:
+        # transformers copies the operation for each parameter, and the model's whole plan hangs on it.
+        return self
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The stored keys of one parameter ("weight", "weight.absmax", ...) to that parameter."""
@@ -95,6 +122,9 @@ class _Assemble(ConversionOps):
         with _remembered():
             if len(parts) == 1:
                 (key, dense), target = next(iter(parts.items())), model.get_parameter_or_buffer(full_layer_name)
+                if isinstance(dense, QuantizedTensor):  # an archive's, put together already
+                    _check_shape(model, full_layer_name, dense)
+                    return {key: nn.Parameter(dense, requires_grad=False)}
                 if not dense.is_floating_point():
                     raise CheckpointError(
                         f"{full_layer_name} is stored as {dense.dtype} and nothing says how to decode it"
@@ -155,8 +185,11 @@ class HalfbyteQuantizer(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """Whether the plan chose a parameter."""
-        return param_name in self.plan.chosen
+        """Whether the plan chose a parameter; with a sink, whatever has the model's dtype goes through us."""
+        if param_name in self.plan.chosen or _sink.get() is None:
+            return param_name in self.plan.chosen
+        # What has a dtype of its own (an int64 buffer) transformers would cast to the model's on this path.
+        return bool(model.get_parameter_or_buffer(param_name).dtype == model.dtype)  # type: ignore[operator]
 
     def get_quantize_ops(self) -> ConversionOps:
         """What is done to a dense tensor on its way into the model."""
@@ -203,7 +236,7 @@ class HalfbyteQuantizer(HfQuantizer):
 
 def _check_shape(model: nn.Module, name: str, packed: torch.Tensor) -> None:
     """transformers does not compare the shape of what a quantizer hands it."""
-    expected = model.get_parameter(name).shape
+    expected = model.get_parameter_or_buffer(name).shape  # type: ignore[operator]  # transformers' own
     if packed.shape != expected:
         raise CheckpointError(f"{name} is stored as {tuple(packed.shape)}, and the model's is {tuple(expected)}")
 

@@ -73,12 +73,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     try:
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield aside
-        mask = _umask()
+        mask = umask()
         for file in aside.rglob("*"):
             if file.is_file():
                 # safetensors and mkdtemp make what only their owner may open; a model is shared like any other file.
                 file.chmod(0o666 & ~mask)
-                _sync(file)
+                sync(file)
         aside.chmod(0o777 & ~mask)
         if folder.exists():
             folder.rmdir()
@@ -88,11 +88,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
         for parent in made:
             parent.rmdir()
-        raise _as_output_error(error, folder) from None
-    _sync(folder.parent)
+        raise as_output_error(error, folder) from None
+    sync(folder.parent)
 
 
-def _as_output_error(error: BaseException, folder: Path) -> BaseException:
+def as_output_error(error: BaseException, folder: Path) -> BaseException:
     """Disk-full and permission errors as sentences; safetensors wraps the system's error in text of its own."""
     text = str(error)
     if (
@@ -117,13 +117,15 @@ def _make_parents(parent: Path) -> list[Path]:
     return missing
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode mask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
