@@ -59,8 +59,8 @@ class Bitsandbytes:
     def quantize(self) -> tuple[torch.Tensor, Any]:
         return self._functional.quantize_4bit(self.w, blocksize=64, compress_statistics=True, quant_type="nf4")
 
-    def dequantize(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        return self._functional.dequantize_4bit(self.codes, self.state, out=out)
+    def dequantize(self) -> torch.Tensor:
+        return self._functional.dequantize_4bit(self.codes, self.state)
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         return self._bnb.matmul_4bit(x, self.codes.t(), self.state)

@@ -2,18 +2,22 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/kernels.py [--isa avx2] [--crossover]
 
-One weight of 4096 x 4096 in NF4, block 64, double-quantized. Results are checked before anything is timed. `share` is
-what part of the machine's measured limit a kernel reaches: of the memory bandwidth for decoding and for few rows (bytes
-that must move, over the time), of the dense GEMM rate from 128 rows on. `--crossover` prints instead where the few-row
-kernels stop being faster than panels through torch's GEMM: kernels/tuning.py comes from it.
+Weights of 4096 x 4096 in NF4, block 64, double-quantized. Results are checked before anything is timed. Few rows take
+twelve weights in turn, so that they come from memory as those of a model do, whose layers no cache holds: with one
+weight the cache of a server answers, and dense float32 is read at twice the speed of memory. `share` is what part of
+the machine's measured limit a kernel reaches: of the memory bandwidth for decoding and for few rows (bytes that must
+move, over the time), of the dense GEMM rate from 128 rows on. `--crossover` prints instead where the few-row kernels
+stop being faster than panels through torch's GEMM: kernels/tuning.py comes from it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,6 +30,7 @@ import halfbyte as hb
 from halfbyte.kernels import cpu, reference, tuning
 
 SIZE = 4096
+IN_TURN = 12
 OPS = torch.ops.halfbyte
 # What TARGETS asks for at each line: (times bitsandbytes, times dense bf16).
 FORWARD = {1: (40, 5), 4: (25, 3), 16: (8, 1.2), 128: (1.8, 0.9)}
@@ -93,25 +98,36 @@ def codec(w: torch.Tensor, q: hb.QuantizedTensor, limits: dict[Any, float]) -> l
     lines = [line("quantize from float32, double-quantized", times, w.nbytes + q.nbytes, limits["bytes"], (25, None))]
     times = best_times({"ours": lambda: q.dequantize(torch.bfloat16), "bitsandbytes": peer.dequantize})
     moved = q.nbytes + out.nbytes
-    return [*lines, line("dequantize to bf16, a fresh tensor", times, moved, limits["bytes"], (7, None))]
+    lines.append(line("dequantize to bf16, a fresh tensor", times, moved, limits["bytes"], (7, None)))
+    native = cpu.native_library()
+    assert isinstance(native, cpu.Native)
+    weight, _keep = cpu.packed_weight(q.packed(), w.numel())
+    arguments = (torch.get_num_threads(), weight, SIZE, 0, SIZE, 0, SIZE, 1, out.data_ptr())
+    # bitsandbytes writes into a given buffer on CUDA only: on a CPU this is what its users have.
+    times = best_times({"ours": lambda: native.functions["hb_dequantize"](*arguments), "bitsandbytes": peer.dequantize})
+    return [*lines, line("dequantize to bf16, into a buffer in use", times, moved, limits["bytes"], (7, None))]
 
 
 def products(
     w: torch.Tensor, q: hb.QuantizedTensor, dtype: torch.dtype, limits: dict[Any, float]
 ) -> list[dict[str, Any]]:
     """y = x W^T for few and many rows, and with the gradient of x."""
-    peer, dense, name = Bitsandbytes(w, dtype), w.to(dtype), str(dtype).removeprefix("torch.")
+    peers = [Bitsandbytes(w, dtype) for _ in range(IN_TURN)]
+    weights = [(hb.quantize(w).packed(), peer, w.to(dtype, copy=True)) for peer in peers]
+    _, peer, dense = weights[0]
+    name = str(dtype).removeprefix("torch.")
     lines = []
     for rows, target in FORWARD.items():
         x = torch.randn(rows, SIZE).to(dtype)
+        few = rows < 128
+        some = weights if few else weights[:1]
         times = best_times(
             {
-                "ours": lambda x=x: OPS.linear(*q.packed(), SIZE, x, None),
-                "bitsandbytes": lambda x=x: peer.linear(x),
-                "dense": lambda x=x: torch.nn.functional.linear(x, dense),
+                "ours": in_turn([lambda p=packed, x=x: OPS.linear(*p, SIZE, x, None) for packed, _, _ in some]),
+                "bitsandbytes": in_turn([lambda peer=peer, x=x: peer.linear(x) for _, peer, _ in some]),
+                "dense": in_turn([lambda d=dense, x=x: torch.nn.functional.linear(x, d) for _, _, dense in some]),
             }
         )
-        few = rows < 128
         work = q.nbytes if few else 2 * rows * SIZE**2
         lines.append(line(f"{rows} rows, {name}", times, work, limits["bytes" if few else dtype], target))
     for rows, target in FORWARD_BACKWARD.items() if dtype == torch.bfloat16 else ():
@@ -126,6 +142,12 @@ def products(
         )
         lines.append(line(f"{rows} rows, {name}, forward + backward", times, 4 * rows * SIZE**2, limits[dtype], target))
     return lines
+
+
+def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """Each time the next of `calls`."""
+    endless = itertools.cycle(calls)
+    return lambda: next(endless)()
 
 
 def variants(w: torch.Tensor) -> list[dict[str, Any]]:

@@ -58,6 +58,25 @@ def test_quantize_into_an_archive_and_use_it(tiny_llama, tmp_path):
     assert answers[0] == answers[1]
 
 
+def test_a_recipe_may_start_from_an_archive(tiny_llama, tmp_path, write_rows):
+    run("quantize", tiny_llama, "-o", tmp_path / "base.nf4dq")
+    data = write_rows([{"prompt": "a", "completion": "xyz"}])
+    recipe = tmp_path / "r.yaml"
+    keys = {
+        "model_name_or_path": "base.nf4dq",
+        "output_dir": "run",
+        "dataset": data.name,
+        "max_length": 32,
+        "compute_dtype": "float32",
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "max_steps": 60,
+    }
+    recipe.write_text(json.dumps(keys))
+    run("train", recipe)
+    assert run("generate", tmp_path / "run", "-p", "a", "--max-new-tokens", 4).splitlines() == ["xyz"]
+
+
 def test_compression_is_reported_for_float32_and_float16(tiny_llama, tmp_path):
     pytest.importorskip("zstandard", reason="zstandard is not installed")
     told = run("quantize", tiny_llama, "-o", tmp_path / "model.nf4dq", "--compress")

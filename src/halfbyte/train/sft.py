@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 
 from halfbyte import env
-from halfbyte.errors import CheckpointError, RequestError
+from halfbyte.errors import RequestError
 from halfbyte.tensor import QuantizedTensor
 from halfbyte.train.memory import PeakMemory
 from halfbyte.train.optimizers import check_optimizer
@@ -108,13 +108,13 @@ def check_request(recipe: Recipe) -> Inputs:
     Raises:
         RequestError: the first thing that is wrong.
     """
-    from halfbyte.models import check_model_folder, load_tokenizer
+    from halfbyte.models import check_model_folder, load_config, load_tokenizer
 
     check_optimizer(recipe)
     task = TASKS[recipe.task](recipe)
     if not is_hub_name(recipe.model_name_or_path):
         check_model_folder(recipe.model_name_or_path)
-    config = _config(recipe)
+    config = load_config(recipe.model_name_or_path)
     tokenizer = load_tokenizer(recipe.model_name_or_path)
     max_length = _max_length(recipe, config, tokenizer)
     model = outline(config, task.model_task)
@@ -128,24 +128,12 @@ def check_data(recipe: Recipe) -> DataInputs:
     Raises:
         RequestError: the first thing that is wrong.
     """
-    from halfbyte.models import load_tokenizer
+    from halfbyte.models import load_config, load_tokenizer
 
     task = TASKS[recipe.task](recipe)
-    config = _config(recipe)
+    config = load_config(recipe.model_name_or_path)
     tokenizer = load_tokenizer(recipe.model_name_or_path)
     return DataInputs(task, tokenizer, _max_length(recipe, config, tokenizer))
-
-
-def _config(recipe: Recipe) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(recipe.model_name_or_path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{recipe.model_name_or_path} has no config that transformers can read: {reason}"
-        ) from None
 
 
 def _max_length(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from halfbyte.kernels.cpu.library import Missing, Native, load
-from halfbyte.kernels.cpu.ops import Ops
+from halfbyte.kernels.cpu.ops import Ops, packed_weight
 
 
 @cache
@@ -22,4 +22,4 @@ def native_ops() -> Ops:
     return Ops(native)
 
 
-__all__ = ["Missing", "Native", "Ops", "native_library", "native_ops"]
+__all__ = ["Missing", "Native", "Ops", "native_library", "native_ops", "packed_weight"]

@@ -95,7 +95,7 @@ class Ops(RowwiseOps):
             return reference.OPS["dequantize"](*args)
         if min(shape, default=0) < 0:
             raise ShapeError(f"a weight cannot have the shape {list(shape)}")
-        weight, keep = _weight(args, count)
+        weight, keep = packed_weight(args, count)
         out = torch.empty(shape, dtype=dtype)
         self._dequantize(torch.get_num_threads(), weight, count, 0, 1, 0, count, number, out.data_ptr())
         del keep
@@ -113,7 +113,7 @@ class Ops(RowwiseOps):
             # Indexing would count from the end: an ignored label (-100) looked up by mistake would pass for a token.
             raise IndexError(f"row {low} is out of range")
         try:
-            weight, keep = _weight(args, (high + 1) * columns)
+            weight, keep = packed_weight(args, (high + 1) * columns)
         except ShapeError as error:
             raise IndexError(f"row {high} is out of range: {error}") from None
         out = torch.empty((*rows.shape, columns), dtype=dtype)
@@ -133,7 +133,7 @@ class Ops(RowwiseOps):
         _check_on_cpu(x)
         if bias is not None and (bias.dtype != dtype or bias.shape != (n,) or not bias.is_cpu):
             raise ShapeError(f"the bias is {bias.dtype} {tuple(bias.shape)}, the product needs {dtype} ({n},)")
-        weight, keep = _weight(args, n * k)
+        weight, keep = packed_weight(args, n * k)
         rows = count // k
         tuning = TUNING[self.native.isa]
         most = tuning.linear_rows if number == 1 else tuning.linear_rows_float
@@ -158,7 +158,7 @@ class Ops(RowwiseOps):
         if number is None or not count or not k:
             return reference.OPS["linear_grad_input"](*args)
         _check_on_cpu(grad)
-        weight, keep = _weight(args, n * k)
+        weight, keep = packed_weight(args, n * k)
         rows = count // n
         tuning = TUNING[self.native.isa]
         most = tuning.grad_rows if number == 1 else tuning.grad_rows_float
@@ -219,7 +219,7 @@ class Ops(RowwiseOps):
         return buffer[:nbytes].view(dtype)
 
 
-def _weight(args: tuple[Any, ...], count: int) -> tuple[Weight, tuple[torch.Tensor, ...]]:
+def packed_weight(args: tuple[Any, ...], count: int) -> tuple[Weight, tuple[torch.Tensor, ...]]:
     """A packed weight of `count` elements as the library takes it, and the tensors to keep alive during the call.
 
     Raises:
