@@ -1,16 +1,15 @@
-// g W with AMX, the counterpart of linear_amx.cpp.
+// g W with AMX for 3 to 32 rows, the counterpart of linear_amx.cpp.
 //
 // The sum runs over the rows of W, so W is the right operand here, which the unit wants in pairs of rows: a 32-bit lane
 // holds one column's weights of rows 2i and 2i + 1. One lookup gives both: the first row's table lies in the lower half
 // of the register and the second row's in the upper, and the upper words of the index have 16 added. The columns of a
 // tile are again the even or the odd ones of a group of 32; they are put back in order when sums are written.
 //
-//   for 512 columns (one thread's)           sums [block of g][group][tile of g][even, odd] stay in the cache
+//   for 512 columns (one thread's)           sums [group][tile of g][even, odd] stay in the cache
 //     for 128 rows, 128 columns of W         32 KiB of weights are decoded; a row's piece is one cache line of codes
-//       for 32 rows of g, 32 columns         4 sums in tile registers, 16 tile products between loading and storing
+//       for 32 columns                       4 sums in tile registers, 16 tile products between loading and storing
 #include "amx.h"
 #include "product.h"
-#include "scratch.h"
 
 namespace halfbyte {
 
@@ -26,19 +25,17 @@ constexpr int64_t kChunkGroups = kChunkColumns / kGroup, kPieceGroups = kGradCol
 constexpr int64_t kVectorRows = 2;  // up to here the vector kernel is as fast
 
 bool on_vectors(int64_t rows, int dtype) { return dtype != HB_BFLOAT16 || rows <= kVectorRows; }
-int64_t blocks_of(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 int64_t steps_of(int64_t n) { return (n + kStepRows - 1) / kStepRows; }
 
 int64_t scratch_bytes(int64_t rows, int64_t n) {
-    return std::max(grad_input_avx512.scratch_size(rows, n), blocks_of(rows) * steps_of(n) * 2 * kTileWords * 2);
+    return std::max(grad_input_avx512.scratch_size(rows, n), steps_of(n) * 2 * kTileWords * 2);
 }
 
-// g -> [block of 32 rows][step of 32 columns][tile of 16 rows][16][32], padded with zeros.
+// g -> [step of 32 columns][tile of 16 rows][16][32], padded with zeros.
 void prepare(const void *grad, int dtype, int64_t rows, int64_t n, void *scratch) {
     if (on_vectors(rows, dtype)) return grad_input_avx512.prepare(grad, dtype, rows, n, scratch);
-    for (int64_t row = 0; row < blocks_of(rows) * kBlockRows; ++row) {
-        uint16_t *out = static_cast<uint16_t *>(scratch) +
-                        (row / kBlockRows * steps_of(n) * 2 + row % kBlockRows / kTile) * kTileWords + row % kTile * 32;
+    for (int64_t row = 0; row < kBlockRows; ++row) {
+        uint16_t *out = static_cast<uint16_t *>(scratch) + row / kTile * kTileWords + row % kTile * 32;
         const uint16_t *from = static_cast<const uint16_t *>(grad) + row * n;
         for (int64_t at = 0; at < n; at += kStepRows, out += 2 * kTileWords) {
             const __mmask32 some = row >= rows ? 0 : n - at >= 32 ? ~0u : (1u << (n - at)) - 1;
@@ -94,8 +91,7 @@ void write(const float *sums, int64_t rows, int64_t k, int64_t first, int64_t wi
     const __m512i lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
     for (int64_t row = 0; row < rows; ++row) {
-        const float *from = sums + row / kBlockRows * kPieceGroups * 4 * kSum + row % kBlockRows / kTile * 2 * kSum +
-                            row % kTile * kTile;
+        const float *from = sums + row / kTile * 2 * kSum + row % kTile * kTile;
         uint16_t *to = out + row * k + first;
         for (int64_t group = 0; group < width / kGroup; ++group, from += 4 * kSum, to += kGroup) {
             const __m512 even = _mm512_load_ps(from), odd = _mm512_load_ps(from + kSum);
@@ -114,11 +110,8 @@ bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t 
     float scales[kChunkRows][kMostScales];
     const __m512 values = _mm512_load_ps(kCodebooks[w.format].values);
     const uint16_t *const grad = static_cast<const uint16_t *>(scratch);
-    const int64_t g_blocks = blocks_of(rows), width = last - first, first_block = first / w.block_size;
-    const Scratch memory(g_blocks * kPieceGroups * 4 * kSum * int64_t(sizeof(float)));
-    if (!memory.data()) return false;
-    float *const sums = static_cast<float *>(memory.data());
-    std::fill(sums, sums + g_blocks * kPieceGroups * 4 * kSum, 0.0f);
+    const int64_t width = last - first, first_block = first / w.block_size;
+    alignas(64) float sums[kPieceGroups * 4 * kSum] = {};
     const TileConfig config;
     _tile_loadconfig(&config);
     for (int64_t row = 0; row < n; row += kChunkRows) {
@@ -137,12 +130,9 @@ bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t 
                 decode_pair(values, a, b, scales[r] + block, scales[r + 1] + block, columns, w.block_size,
                             tiles + r / kStepRows * kChunkGroups * 2 * kTileWords + r % kStepRows / 2 * 32);
             }
-            for (int64_t g = 0; g < g_blocks; ++g) {
-                const uint16_t *const from = grad + (g * steps_of(n) + row / kStepRows) * 2 * kTileWords;
-                for (int64_t group = 0; group < columns / kGroup; ++group) {
-                    multiply(from, tiles + group * 2 * kTileWords, steps,
-                             sums + (g * kPieceGroups + at / kGroup + group) * 4 * kSum);
-                }
+            const uint16_t *const from = grad + row / kStepRows * 2 * kTileWords;
+            for (int64_t group = 0; group < columns / kGroup; ++group) {
+                multiply(from, tiles + group * 2 * kTileWords, steps, sums + (at / kGroup + group) * 4 * kSum);
             }
         }
     }
@@ -153,6 +143,6 @@ bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t 
 
 }  // namespace
 
-const GradInput grad_input_amx = {{kGradRows, kPassRows, kGradRows}, scratch_bytes, prepare, run};
+const GradInput grad_input_amx = {{kGradRows, kBlockRows, kGradRows}, scratch_bytes, prepare, run};
 
 }  // namespace halfbyte
