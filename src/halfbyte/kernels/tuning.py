@@ -1,9 +1,8 @@
 """Measured choices between kernels, one line for each instruction set: data, not code.
 
-`benchmarks/kernels.py --crossover` prints the times these numbers come from. "amx" was measured on two cores of an
-Intel Xeon with AMX; the others on the same machine, where torch's GEMM has AMX and they do not: on a CPU without it
-they pay for more rows than these, and should be measured again there. "neon" and "neonbf16" were measured nowhere: they
-are AVX2's line, with AVX512-BF16's for bfloat16 products.
+`benchmarks/kernels.py --crossover` prints the times these numbers come from, on two cores of an Intel Xeon with AMX.
+For "avx512" and "avx512bf16" ONEDNN_MAX_CPU_ISA kept torch's GEMM to the same set. "avx2" was measured so up to 32 rows
+only; "generic" never, and "neon" and "neonbf16" nowhere: they are AVX2's line, with AVX512-BF16's for bfloat16.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ class Tuning:
         panel_bytes: bytes of decoded weights that the GEMM gets at a time. Smaller ones stay in the cache, and the GEMM
             is slower on narrow results. 128 rows of float32 took 19.2, 17.8, 16.0 and 16.8 ms with 2, 8, 16 and 32
             MiB; 512 rows of bf16 without AMX (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16) 85.8, 84.0, 81.1 and 87.9.
+        float_panels: 16-bit activations are multiplied in float32, because torch has no fast GEMM of 16 bits for such a
+            CPU: kept to AVX2, its g W of 32 rows takes 3.4 s in bf16; with AVX512, 128 rows 70 ms, and 20 in float32.
     """
 
     linear_rows: int
@@ -32,14 +33,18 @@ class Tuning:
     grad_rows: int
     grad_rows_float: int
     panel_bytes: int
+    float_panels: bool = False
 
 
+_LARGE = 1 << 24
+
+# In the order of the fields.
 TUNING: dict[str, Tuning] = {
-    "generic": Tuning(linear_rows=4, linear_rows_float=4, grad_rows=4, grad_rows_float=4, panel_bytes=1 << 24),
-    "avx2": Tuning(linear_rows=8, linear_rows_float=8, grad_rows=8, grad_rows_float=8, panel_bytes=1 << 24),
-    "neon": Tuning(linear_rows=8, linear_rows_float=8, grad_rows=8, grad_rows_float=8, panel_bytes=1 << 24),
-    "neonbf16": Tuning(linear_rows=16, linear_rows_float=8, grad_rows=8, grad_rows_float=8, panel_bytes=1 << 24),
-    "avx512": Tuning(linear_rows=8, linear_rows_float=16, grad_rows=8, grad_rows_float=16, panel_bytes=1 << 24),
-    "avx512bf16": Tuning(linear_rows=16, linear_rows_float=16, grad_rows=8, grad_rows_float=16, panel_bytes=1 << 24),
-    "amx": Tuning(linear_rows=_ANY, linear_rows_float=16, grad_rows=_ANY, grad_rows_float=16, panel_bytes=1 << 24),
+    "generic": Tuning(4, 4, 4, 4, _LARGE, float_panels=True),
+    "avx2": Tuning(8, 8, 8, 8, _LARGE, float_panels=True),
+    "neon": Tuning(8, 8, 8, 8, _LARGE, float_panels=True),
+    "neonbf16": Tuning(16, 8, 8, 8, _LARGE),
+    "avx512": Tuning(16, 32, 16, 16, _LARGE, float_panels=True),
+    "avx512bf16": Tuning(16, 32, 16, 16, _LARGE),
+    "amx": Tuning(_ANY, 32, _ANY, 16, _LARGE),
 }

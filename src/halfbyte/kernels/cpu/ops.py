@@ -138,6 +138,8 @@ class Ops(RowwiseOps):
         tuning = TUNING[self.native.isa]
         most = tuning.linear_rows if number == 1 else tuning.linear_rows_float
         if rows > most or k % _GROUP or not _whole_rows(args, k):
+            if number and tuning.float_panels:
+                return self._linear_by_panels(weight, n, x.float(), None if bias is None else bias.float()).to(dtype)
             return self._linear_by_panels(weight, n, x, bias)
         x = _ready(x)
         out = torch.empty((*shape[:-1], n), dtype=dtype)
@@ -163,6 +165,8 @@ class Ops(RowwiseOps):
         tuning = TUNING[self.native.isa]
         most = tuning.grad_rows if number == 1 else tuning.grad_rows_float
         if rows > most or k % _GROUP or not _whole_rows(args, k):
+            if number and tuning.float_panels:
+                return self._grad_by_panels(weight, k, grad.float()).to(dtype)
             return self._grad_by_panels(weight, k, grad)
         grad = _ready(grad)
         out = torch.empty((*shape[:-1], k), dtype=dtype)
