@@ -21,7 +21,7 @@ from halfbyte.errors import RequestError
 FILE = Path(__file__).with_name("libhalfbyte_cpu.so")
 # Written by hatch_build.py when there is no library: why, and what would help.
 NOTE = Path(__file__).with_name("not_built.txt")
-_ABI = 2  # HB_ABI in csrc/halfbyte.h
+_ABI = 3  # HB_ABI in csrc/halfbyte.h
 
 ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")  # numbered as in csrc/halfbyte.h
 _REINSTALL = "run `pip install --force-reinstall --no-deps halfbyte`, or `pip install -e .` in a checkout"
@@ -62,6 +62,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_swiglu": (None, (_I, _P, _P, _I, _L, _P)),
     "hb_swiglu_grad": (None, (_I, _P, _P, _P, _I, _L, _P, _P)),
     "hb_rotary": (None, (_I, _P, _P, _P, _I, _L, _L, _L, _L, _I, _P)),
+    "hb_decode": (_I, (_I, _P, _P)),
     "hb_adamw": (_I, (_I, _P, _L, _P)),
     "hb_adamw_norms": (_I, (_I, _P, _L, _P)),
 }

@@ -27,6 +27,7 @@ from halfbyte.formats.packing import packed_size
 from halfbyte.kernels import reference
 from halfbyte.kernels.cpu.library import Native, Weight
 from halfbyte.kernels.cpu.rowwise import RowwiseOps
+from halfbyte.kernels.schema import PackedWeight
 from halfbyte.kernels.tuning import TUNING
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum hb_dtype
@@ -296,6 +297,11 @@ def _check_on_cpu(tensor: torch.Tensor) -> None:
 def _whole_rows(args: tuple[Any, ...], k: int) -> bool:
     """Whether every row is whole blocks of 4-bit codes and begins with one: what the few-row kernels take."""
     return k % args[5] == 0 and args[7] == 0 and _FORMATS[args[4]][1] == 4
+
+
+def takes_few_rows(weight: PackedWeight, k: int) -> bool:
+    """Whether the few-row products take a packed weight of `k` columns."""
+    return k % _GROUP == 0 and _whole_rows(tuple(weight), k)
 
 
 def _check_block_size(block_size: int) -> None:
