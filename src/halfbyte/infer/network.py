@@ -7,11 +7,9 @@ is not covered is a sentence, and runs through transformers' own `generate`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.kernels.cpu.ops import takes_few_rows
@@ -36,25 +34,7 @@ class NotCoveredError(HalfbyteError):
     """The decoder does not run this model; the message is a reason, a sentence fragment."""
 
 
-@dataclass(frozen=True)
-class Embedding:
-    """Token ids to float32 vectors.
-
-    Attributes:
-        table: [vocabulary, hidden], dense or quantized.
-        scale: what every vector is multiplied by.
-    """
-
-    table: torch.Tensor
-    scale: float
-
-    def __call__(self, ids: list[int]) -> torch.Tensor:
-        """`ids` -> float32 [len(ids), hidden], contiguous, the caller's own."""
-        rows = nn.functional.embedding(torch.tensor(ids), self.table).float()
-        return rows.mul_(self.scale) if self.scale != 1.0 else rows
-
-
-def make_network(model: Any, positions: int, dtype: torch.dtype) -> tuple[Network, Embedding]:
+def make_network(model: Any, positions: int, dtype: torch.dtype) -> Network:
     """The network of a transformers causal language model, sharing its packed weights.
 
     Args:
@@ -84,7 +64,9 @@ def make_network(model: Any, positions: int, dtype: torch.dtype) -> tuple[Networ
     if cosine.shape[1] != head_dim:
         raise NotCoveredError(f"it rotates {cosine.shape[1]} of a head's {head_dim} numbers")
     gemma = name.startswith("Gemma")
-    network = Network(
+    return Network(
+        table=base.get_input_embeddings().weight.detach(),
+        embedding_scale=math.sqrt(config.hidden_size) if gemma else 1.0,
         layers=[_layer(layer, config, gemma, dtype) for layer in base.model.layers],
         final_norm=_norm(base.model.norm, gemma),
         head=_matrix(base.lm_head, dtype),
@@ -96,8 +78,6 @@ def make_network(model: Any, positions: int, dtype: torch.dtype) -> tuple[Networ
         attention_scale=attention.scaling,
         activation=_ACTIVATIONS[activation],
     )
-    table = base.get_input_embeddings().weight.detach()
-    return network, Embedding(table, math.sqrt(config.hidden_size) if gemma else 1.0)
 
 
 def branches(model: Any, adapter: str, dtype: torch.dtype) -> Branches:

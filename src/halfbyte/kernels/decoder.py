@@ -79,6 +79,8 @@ class Network:
     """All layers and what they share.
 
     Attributes:
+        table: embeddings [vocabulary, hidden], dense or quantized.
+        embedding_scale: what every embedding is multiplied by.
         layers: in their order.
         final_norm: float32 [hidden].
         head: [vocabulary, hidden].
@@ -91,6 +93,8 @@ class Network:
         activation: one of `ACTIVATIONS`.
     """
 
+    table: torch.Tensor
+    embedding_scale: float
     layers: Sequence[Layer]
     final_norm: torch.Tensor
     head: Matrix
@@ -106,6 +110,11 @@ class Network:
     def head_dim(self) -> int:
         """Numbers in a head."""
         return self.cosine.shape[1]
+
+    def embed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Token ids -> float32 [len(tokens), hidden], contiguous, the caller's own."""
+        rows = torch.nn.functional.embedding(torch.tensor(tokens), self.table)
+        return rows.to(torch.float32, copy=rows.dtype == torch.float32).mul_(self.embedding_scale)
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,7 @@ class Decoder(Protocol):
 
     def step(
         self,
-        hidden: torch.Tensor,
+        tokens: Sequence[int],
         slots: Sequence[int],
         positions: Sequence[int],
         mixes: Sequence[Mix] | None = None,
@@ -165,8 +174,8 @@ class Decoder(Protocol):
         """Take tokens through all layers, storing their keys and values.
 
         Args:
-            hidden: float32 [rows, hidden]: embeddings; overwritten with the last layer's output.
-            slots: [rows], each token's place in the cache.
+            tokens: [rows], ids.
+            slots: [rows], each token's place in the cache; tokens of one slot stand together, in their order.
             positions: [rows]; all earlier positions of the slot are in the cache, or among these rows.
             mixes: [rows], each token's adapters; None: no adapters.
             logits: whether to compute them.

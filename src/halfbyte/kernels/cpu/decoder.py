@@ -28,6 +28,7 @@ from halfbyte.kernels.decoder import (
     Network,
 )
 from halfbyte.kernels.schema import PackedWeight
+from halfbyte.kernels.tuning import FLOAT_ROWS
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}  # enum hb_dtype, and HB_INT8
@@ -92,7 +93,8 @@ class NativeDecoder:
         native: the library.
         network: what to run; its packed weights are what `takes_few_rows` takes.
         cache: where keys and values are kept.
-        dtype: float32 or bfloat16, of the activations that enter packed products; everything between them is float32.
+        dtype: float32 or bfloat16, of the activations that enter packed products where there are more than
+            `FLOAT_ROWS`; everything between them is float32.
         prefetch: ask for the next layer's pages while one computes, for weights that are mapped from a file.
 
     Raises:
@@ -106,6 +108,8 @@ class NativeDecoder:
             raise ShapeError(f"a native decoder computes in float32 or bfloat16, not in {dtype}")
         self._decode, self.network, self.cache = native.functions["hb_decode"], network, cache
         self._dtype = dtype
+        if network.table.dim() != 2 or network.table.shape[1] != network.final_norm.numel():
+            raise ShapeError(f"embeddings {tuple(network.table.shape)} do not fit {network.final_norm.numel()} hidden numbers")
         self._kept: list[Any] = []
         self._keep_adapters: list[Any] = []
         self._hidden = network.final_norm.numel()
@@ -218,7 +222,7 @@ class NativeDecoder:
 
     def step(
         self,
-        hidden: torch.Tensor,
+        tokens: Sequence[int],
         slots: Sequence[int],
         positions: Sequence[int],
         mixes: Sequence[Mix] | None = None,
@@ -227,20 +231,21 @@ class NativeDecoder:
         """See `Decoder.step`; at most `STEP_ROWS` rows.
 
         Raises:
-            ShapeError: a slot, position or adapter does not exist, or `hidden` is not as described.
+            ShapeError: a slot, position or adapter does not exist.
+            IndexError: a token does not.
         """
-        rows, decoder = len(slots), self._decoder
-        if not 0 < rows <= STEP_ROWS or len(positions) != rows or (mixes is not None and len(mixes) != rows):
-            raise ShapeError(f"a step takes 1 to {STEP_ROWS} rows with a position each, not {rows} and {len(positions)}")
-        if hidden.shape != (rows, self._hidden) or hidden.dtype != torch.float32 or not hidden.is_contiguous():
-            raise ShapeError(f"hidden is {hidden.dtype} {tuple(hidden.shape)}, and float32 ({rows}, {self._hidden}) belongs")
-        if not hidden.is_cpu or min(slots) < 0 or max(slots) >= decoder.slots:
-            raise ShapeError(f"slots {min(slots)} to {max(slots)}, and the cache has {decoder.slots} on the CPU")
+        rows, decoder = len(tokens), self._decoder
+        lengths = {len(slots), len(positions), rows if mixes is None else len(mixes)}
+        if not 0 < rows <= STEP_ROWS or lengths != {rows}:
+            raise ShapeError(f"a step takes 1 to {STEP_ROWS} tokens, each with a slot and a position, not {rows}")
+        if min(slots) < 0 or max(slots) >= decoder.slots:
+            raise ShapeError(f"slots {min(slots)} to {max(slots)}, and the cache has {decoder.slots}")
         if min(positions) < 0 or max(positions) >= decoder.positions:
             raise ShapeError(f"positions {min(positions)} to {max(positions)}, and the cache has {decoder.positions}")
         entries = [entry for mix in mixes or () for entry in mix]
         if any(not 0 <= adapter < self._adapters for adapter, _ in entries):
             raise ShapeError(f"a row names an adapter that is not among the {self._adapters} there are")
+        hidden = self.network.embed(tokens)
         out = torch.empty((rows, self.network.head.n)) if logits else None
         begins = [0]
         for mix in mixes or ((),) * rows:
@@ -258,7 +263,7 @@ class NativeDecoder:
             adapter=ctypes.addressof(adapter),
             weight=ctypes.addressof(weight),
             rows=rows,
-            dtype=_DTYPES[self._dtype],
+            dtype=_DTYPES[torch.float32 if rows <= FLOAT_ROWS else self._dtype],
         )
         if self._decode(torch.get_num_threads(), ctypes.byref(decoder), ctypes.byref(step)):
             raise MemoryError(f"no memory for a step of {rows} rows")

@@ -30,7 +30,7 @@ class TorchDecoder:
 
     def step(
         self,
-        hidden: torch.Tensor,
+        tokens: Sequence[int],
         slots: Sequence[int],
         positions: Sequence[int],
         mixes: Sequence[Mix] | None = None,
@@ -38,6 +38,7 @@ class TorchDecoder:
     ) -> torch.Tensor | None:
         """See `Decoder.step`."""
         network, at = self.network, torch.tensor(positions)
+        hidden = network.embed(tokens)
         groups = _groups(slots, mixes)
         cosine, sine = network.cosine[at].unsqueeze(1), network.sine[at].unsqueeze(1)
         for number, layer in enumerate(network.layers):
