@@ -182,9 +182,7 @@ class Engine:
             else:
                 wrapped.delete_adapter(name)
             raise RequestError(f"{reason}, which the decoder does not do; merge it into the model first.") from None
-        self.model = wrapped
-        if self._fallback is not None:
-            self._fallback.model = wrapped
+        self._use_model(wrapped)
         self._branches[name] = added or {}
         self._set_names([*self._names, name])
 
@@ -200,10 +198,18 @@ class Engine:
     def _remove(self, name: str) -> None:
         if self._scheduler.uses(name):
             raise RequestError(f"adapter {name!r} is being used by a request; cancel that or wait for its end.")
-        self.model.delete_adapter(name)
+        if self._names == [name]:  # peft cannot be without any
+            self._use_model(self.model.unload())
+        else:
+            self.model.delete_adapter(name)
         del self._branches[name]
         self._scheduler.forget(name)
         self._set_names([other for other in self._names if other != name])
+
+    def _use_model(self, model: Any) -> None:
+        self.model = model
+        if self._fallback is not None:
+            self._fallback.model = model
 
     def _set_names(self, names: list[str]) -> None:
         self._names = names

@@ -160,24 +160,24 @@ class Scheduler:
         self._thread.join()
 
     def _go_round(self) -> None:
-        with torch.inference_mode():
-            while True:
-                with self._changed:
-                    while not (self._waiting or self.running or self._orders or self._closing):
-                        self._changed.wait(_IDLE)
-                    if self._closing:
-                        break
-                self._obey()
-                self._sweep()
-                self._admit()
-                try:
+        while True:
+            with self._changed:
+                while not (self._waiting or self.running or self._orders or self._closing):
+                    self._changed.wait(_IDLE)
+                if self._closing:
+                    break
+            self._obey()
+            self._sweep()
+            self._admit()
+            try:
+                with torch.inference_mode():
                     self._advance()
-                except Exception as error:
-                    # Nobody knows what the slots hold now. Those who wait for an answer have to hear of it.
-                    for slot in self._slots:
-                        if slot.request is not None:
-                            slot.request.fail(error)
-                        slot.request, slot.tokens = None, []
+            except Exception as error:
+                # Nobody knows what the slots hold now. Those who wait for an answer have to hear of it.
+                for slot in self._slots:
+                    if slot.request is not None:
+                        slot.request.fail(error)
+                    slot.request, slot.tokens = None, []
         for request in [*self._waiting, *(slot.request for slot in self._slots)]:
             if request is not None:
                 request.end("cancelled")
