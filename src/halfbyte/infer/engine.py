@@ -6,7 +6,8 @@ products have many rows. Every other model runs through transformers' own forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import queue
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from halfbyte.data import Message, Renderer
 from halfbyte.errors import CheckpointError, RequestError, nearest
 from halfbyte.infer.network import NotCoveredError, branches, make_network
-from halfbyte.infer.requests import Adapters, Completion, Handle, Request, normalize_adapters
+from halfbyte.infer.requests import Adapters, Completion, Event, Handle, Request, normalize_adapters
 from halfbyte.infer.sampling import SamplingParams
 from halfbyte.infer.scheduler import Scheduler, Statistics
 from halfbyte.infer.transformers_decoder import TransformersDecoder
@@ -25,6 +26,7 @@ from halfbyte.kernels.cpu.decoder import NativeDecoder
 from halfbyte.kernels.decoder import STEP_ROWS, Branches, Cache, Matrix, Mix, Network
 from halfbyte.kernels.reference.decoder import TorchDecoder
 from halfbyte.models import HalfbyteConfig, load_model, load_tokenizer
+from halfbyte.nn import Linear4bit
 from halfbyte.tensor import quantize
 
 if TYPE_CHECKING:
@@ -44,10 +46,11 @@ class Engine:
         adapters: name -> adapter folder (peft's format).
         tokenizer: None: the one that lies with the model.
         quantization: how a model that is not quantized yet is to be; None: as it is stored.
-        dtype: "bfloat16" or "float32", of the activations that enter products. Everything else is float32.
+        dtype: "bfloat16" or "float32", of the activations that enter products; None: the model's own compute dtype.
+            Everything between the products is float32.
         max_length: tokens of prompt and answer together; None: the model's own limit, 4,096 at most.
         slots: sequences that are answered at the same time.
-        cache_dtype: "float32", "bfloat16" or "int8", of keys and values; None: `dtype`.
+        cache_dtype: "float32", "bfloat16" or "int8", of keys and values; None: as `dtype`.
         quantize_head: quantize an output layer that is not, in the model's own format: faster, and not the same numbers.
         drafts: tokens that prompt lookup proposes at a time; 0: none. Greedy answers stay the same.
         queue_limit: requests that may wait for a slot.
@@ -69,7 +72,7 @@ class Engine:
         *,
         tokenizer: Any = None,
         quantization: HalfbyteConfig | None = None,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         max_length: int | None = None,
         slots: int = 8,
         cache_dtype: str | None = None,
@@ -79,8 +82,8 @@ class Engine:
         prefetch: bool = False,
         verify: bool = True,
     ) -> None:
-        for name, value, choices in (("dtype", dtype, _DTYPES), ("cache_dtype", cache_dtype or dtype, _CACHES)):
-            if value not in choices:
+        for name, value, choices in (("dtype", dtype, _DTYPES), ("cache_dtype", cache_dtype, _CACHES)):
+            if value is not None and value not in choices:
                 raise RequestError(f"{name} {value!r} is not offered; {nearest(value, choices)}")
         if not 1 <= slots <= STEP_ROWS:
             raise RequestError(f"slots is {slots}; choose 1 to {STEP_ROWS}.")
@@ -93,13 +96,13 @@ class Engine:
         self.tokenizer = self.renderer.tokenizer
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_LENGTH
         self.max_length: int = min(max_length or min(limit, _DEFAULT_LENGTH), limit)
-        self._dtype = _DTYPES[dtype]
+        self._dtype = _compute_dtype(self.model) if dtype is None else _DTYPES[dtype]
         self._names: list[str] = []
         self._branches: dict[str, Branches] = {}
         self._native: NativeDecoder | None = None
         self._torch: TorchDecoder | None = None
         self._fallback: TransformersDecoder | None = None
-        self.decoder = self._make_decoder(_CACHES[cache_dtype or dtype], slots, quantize_head, prefetch)
+        self.decoder = self._make_decoder(_CACHES.get(cache_dtype or "", self._dtype), slots, quantize_head, prefetch)
         decode: Any = self._native or self._torch or self._fallback
         cache = self._torch.cache if self._torch is not None else None
         self._scheduler = Scheduler(
@@ -238,6 +241,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         adapter: str | Mapping[str, float] | None = None,
+        listener: Callable[[Event | BaseException], None] | None = None,
     ) -> Handle:
         """Queue a request and return at once.
 
@@ -245,6 +249,8 @@ class Engine:
             prompt: text, which is continued as it stands; messages, which are rendered by the chat template; or token ids.
             params: how to write.
             adapter: a name, or names with weights (the adapters' sum); None: the model alone.
+            listener: called with each event, or with the exception that ended the request, by the engine's thread, which
+                must not be kept waiting; the handle then has no events of its own.
 
         Raises:
             BusyError: too many requests are waiting.
@@ -259,9 +265,11 @@ class Engine:
         if len(ids) >= self.max_length:
             raise RequestError(f"the prompt has {len(ids)} tokens; with its answer it may have {self.max_length}.")
         room = min(params.max_tokens, self.max_length - len(ids))
-        request = Request(ids, params, mix, self.end_ids, self.tokenizer.backend_tokenizer, room)
+        events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        tell = listener or events.put
+        request = Request(ids, params, mix, self.end_ids, self.tokenizer.backend_tokenizer, room, tell)
         self._scheduler.submit(request)
-        return Handle(request)
+        return Handle(request, events)
 
     def generate(
         self,
@@ -336,6 +344,13 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    """What the model's layers compute in; float32 stands for float16, which CPUs have no fast products of."""
+    layer = next((module for module in model.modules() if isinstance(module, Linear4bit)), None)
+    dtype = (layer.compute_dtype if layer is not None else None) or model.dtype
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _with_quantized_head(network: Network) -> Network:

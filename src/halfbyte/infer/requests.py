@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,13 +58,22 @@ class Completion:
 class Handle:
     """A reader's end of a request: iterate over its events, or wait for `result`."""
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self.prompt_tokens = len(request.prompt)
+    def __init__(self, request: Request, events: queue.SimpleQueue[Event | BaseException]) -> None:
+        self._request, self._events = request, events
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._request.prompt)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that need not be computed; known from the first event on."""
+        return self._request.cached
 
     def __iter__(self) -> Iterator[Event]:
         while True:
-            event = self._request.events.get()
+            event = self._events.get()
             if isinstance(event, BaseException):
                 raise event
             yield event
@@ -104,8 +113,8 @@ class Request:
     end_ids: frozenset[int]
     tokenizer: Any  # tokenizers.Tokenizer
     room: int  # tokens that the answer may have
+    tell: Callable[[Event | BaseException], None]  # called by the engine's thread, which must not wait for it
     sampler: Sampler = field(init=False)
-    events: queue.SimpleQueue[Event | BaseException] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     written: list[int] = field(default_factory=list)
     cached: int = 0
@@ -148,7 +157,7 @@ class Request:
     def fail(self, error: BaseException) -> None:
         """End it with an exception, which the reader gets."""
         self.finished, self.done_at = True, time.monotonic()
-        self.events.put(error)
+        self._send(error)
 
     def _rest(self) -> str:
         """Characters that were cut off in the middle come as replacement characters, as in a decoded whole."""
@@ -160,8 +169,15 @@ class Request:
         self._tell(text, reason)
 
     def _tell(self, text: str, finish: str | None) -> None:
-        self.events.put(Event(text, tuple(self._pending), finish))
+        self._send(Event(text, tuple(self._pending), finish))
         self._pending.clear()
+
+    def _send(self, event: Event | BaseException) -> None:
+        """A reader that cannot be told has left; the others are not to suffer for it."""
+        try:
+            self.tell(event)
+        except Exception:
+            self.cancelled.set()
 
 
 def _possible_stop(text: str, stops: tuple[str, ...]) -> int:

@@ -121,7 +121,7 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 raise BusyError("the engine is closed.")
-            if len(self._waiting) >= self._limit and self.running >= len(self._slots):
+            if len(self._waiting) >= self._limit + len(self._slots) - self.running:
                 raise BusyError(f"{len(self._waiting)} requests are waiting, which is the limit; try again later.")
             self._waiting.append(request)
             self.statistics.requests += 1
@@ -167,9 +167,9 @@ class Scheduler:
                 if self._closing:
                     break
             self._obey()
-            self._sweep()
-            self._admit()
             try:
+                self._sweep()
+                self._admit()
                 with torch.inference_mode():
                     self._advance()
             except Exception as error:
