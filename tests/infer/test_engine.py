@@ -187,7 +187,9 @@ def test_a_seed_gives_the_same_answer_in_any_company(engine):
 
 
 def test_logprobs_are_the_models(engine):
-    (answer,) = engine.generate(["abcd"], SamplingParams(max_tokens=5, logprobs=3, ignore_end=True, temperature=0.5, seed=1))
+    (answer,) = engine.generate(
+        ["abcd"], SamplingParams(max_tokens=5, logprobs=3, ignore_end=True, temperature=0.5, seed=1)
+    )
     ids = engine.token_ids("abcd")
     with torch.inference_mode():
         logits = engine.model(torch.tensor([[*ids, *(c.token for c in answer.choices)]])).logits[0]

@@ -187,7 +187,9 @@ def test_an_8_bit_cache_rounds_each_key_and_value_to_one_part_in_254(isa):
         ours, theirs = (getattr(d.cache, name)[:, 1].int() for d in (native, reference))
         at = (slice(None), slice(None), slice(0, 5)) if name == "keys" else (slice(None), slice(None), slice(0, 80))
         assert (ours[at] - theirs[at]).abs().max() <= 1
-    assert torch.allclose(native.cache.value_scales[:, 1, :, :90], reference.cache.value_scales[:, 1, :, :90], rtol=1e-4)
+    assert torch.allclose(
+        native.cache.value_scales[:, 1, :, :90], reference.cache.value_scales[:, 1, :, :90], rtol=1e-4
+    )
 
 
 def test_bits_do_not_depend_on_threads_or_on_the_run(isa):

@@ -24,10 +24,12 @@ COMMANDS = {
 }
 
 
+# budget: each option of the command is a parameter, that is how typer reads them
 def chat(
     model: Annotated[str, typer.Argument(help="Archive, model folder, hub name, adapter folder or run directory.")],
     adapter: Annotated[
-        list[str] | None, typer.Option(help="NAME=FOLDER of an adapter; the first one answers, /adapter changes. May repeat.")
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER of an adapter; the first one answers, /adapter changes. May repeat."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")] = 1024,
@@ -36,7 +38,9 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
     markdown: Annotated[bool, typer.Option(help="Show answers as Markdown, where this is a terminal.")] = True,
     drafts: Annotated[int, typer.Option(min=0, max=32, help="Tokens that prompt lookup proposes at a time.")] = 0,
-    quantize_head: Annotated[bool, typer.Option(help="Quantize the output layer too: faster, not the same numbers.")] = False,
+    quantize_head: Annotated[
+        bool, typer.Option(help="Quantize the output layer too: faster, not the same numbers.")
+    ] = False,
 ) -> None:
     """Talk with a model; /help shows what else can be typed."""
     from rich.console import Console
@@ -102,7 +106,9 @@ class Conversation:
                 raise RequestError(f"there is no adapter {rest!r}; {hint}")
             self.adapter = rest or None
         else:
-            raise RequestError(f"there is no command {command!r}; {nearest(command, (name.split()[0] for name in COMMANDS))}")
+            raise RequestError(
+                f"there is no command {command!r}; {nearest(command, (name.split()[0] for name in COMMANDS))}"
+            )
 
     def _answer(self, line: str) -> None:
         self.turns.append({"role": "user", "content": line})
@@ -124,5 +130,5 @@ class Conversation:
                     self.console.print(piece, end="", markup=False, soft_wrap=True)
                 self.console.print()
         finally:
-            stream.close()
+            stream.close()  # which cancels what is not written yet
             self.turns.append({"role": "assistant", "content": text})

@@ -15,15 +15,20 @@ _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+# budget: each option of the command is a parameter, that is how typer reads them
 def serve(
     model: Annotated[str, typer.Argument(help="Archive, model folder, adapter folder or run directory.")],
     adapter: Annotated[
-        list[str] | None, typer.Option(help="NAME=FOLDER of an adapter that clients may ask for as a model; may repeat.")
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER of an adapter that clients may ask for as a model; may repeat."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine need --api-key.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine need --api-key.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="HALFBYTE_API_KEY", help="What clients send as a bearer token.", show_envvar=True)
+        str | None,
+        typer.Option(envvar="HALFBYTE_API_KEY", help="What clients send as a bearer token.", show_envvar=True),
     ] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model; its folder's name by default.")] = None,
     slots: Annotated[int, typer.Option(min=1, max=128, help="Requests that are answered at the same time.")] = 8,
@@ -33,7 +38,9 @@ def serve(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one request may take.")] = 600.0,
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of one request.")] = 1 << 20,
     cache_dtype: Annotated[str | None, typer.Option(help="Keys and values in float32, bfloat16 or int8.")] = None,
-    quantize_head: Annotated[bool, typer.Option(help="Quantize the output layer too: faster, not the same numbers.")] = False,
+    quantize_head: Annotated[
+        bool, typer.Option(help="Quantize the output layer too: faster, not the same numbers.")
+    ] = False,
     drafts: Annotated[int, typer.Option(min=0, max=32, help="Tokens that prompt lookup proposes at a time.")] = 0,
 ) -> None:
     """Serve a model over HTTP."""

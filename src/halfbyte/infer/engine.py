@@ -30,7 +30,7 @@ from halfbyte.nn import Linear4bit
 from halfbyte.tensor import quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
 Prompt = str | Sequence[Message] | Sequence[int]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,7 +51,7 @@ class Engine:
         max_length: tokens of prompt and answer together; None: the model's own limit, 4,096 at most.
         slots: sequences that are answered at the same time.
         cache_dtype: "float32", "bfloat16" or "int8", of keys and values; None: as `dtype`.
-        quantize_head: quantize an output layer that is not, in the model's own format: faster, and not the same numbers.
+        quantize_head: put an output layer that is dense into NF4: faster, and not the same numbers.
         drafts: tokens that prompt lookup proposes at a time; 0: none. Greedy answers stay the same.
         queue_limit: requests that may wait for a slot.
         prefetch: ask for the next layer's pages while one computes: for archives that are larger than the memory.
@@ -65,9 +65,10 @@ class Engine:
         RequestError: an argument that cannot be.
     """
 
+    # budget: the settings of an engine are keyword arguments of one call
     def __init__(
         self,
-        path: str | Path | Any,
+        path: Any,
         adapters: Mapping[str, str | Path] | None = None,
         *,
         tokenizer: Any = None,
@@ -88,7 +89,7 @@ class Engine:
         if not 1 <= slots <= STEP_ROWS:
             raise RequestError(f"slots is {slots}; choose 1 to {STEP_ROWS}.")
         loaded = not isinstance(path, str | Path)
-        self.model: Any = path if loaded else load_model(path, quantization=quantization, verify=verify)
+        self.model = path if loaded else load_model(path, quantization=quantization, verify=verify)
         self.model.eval()
         if tokenizer is None:
             tokenizer = load_tokenizer(self.model.name_or_path if loaded else path)
@@ -163,7 +164,9 @@ class Engine:
         if not (folder / "adapter_config.json").is_file():
             raise CheckpointError(f"{folder} is not an adapter: it has no adapter_config.json.")
         if not (folder / "adapter_model.safetensors").is_file():
-            raise CheckpointError(f"adapter {folder} has no adapter_model.safetensors; other files (pickles) are not read.")
+            raise CheckpointError(
+                f"adapter {folder} has no adapter_model.safetensors; other files (pickles) are not read."
+            )
         first = not hasattr(self.model, "peft_config")
         try:
             if first:
@@ -228,7 +231,9 @@ class Engine:
     def _known(self, adapters: Adapters) -> None:
         for name, weight in adapters:
             if name not in self._names:
-                raise RequestError(f"there is no adapter {name!r}; {nearest(name, self._names or ['(none is loaded)'])}")
+                raise RequestError(
+                    f"there is no adapter {name!r}; {nearest(name, self._names or ['(none is loaded)'])}"
+                )
             if not abs(weight) < float("inf"):
                 raise RequestError(f"adapter {name!r} has the weight {weight}; give a finite number.")
         if self._fallback is not None and (len(adapters) > 1 or any(weight != 1.0 for _, weight in adapters)):
@@ -246,11 +251,11 @@ class Engine:
         """Queue a request and return at once.
 
         Args:
-            prompt: text, which is continued as it stands; messages, which are rendered by the chat template; or token ids.
+            prompt: text, which is continued as it stands; messages, which the chat template renders; or token ids.
             params: how to write.
             adapter: a name, or names with weights (the adapters' sum); None: the model alone.
-            listener: called with each event, or with the exception that ended the request, by the engine's thread, which
-                must not be kept waiting; the handle then has no events of its own.
+            listener: called with each event, or with the exception that ended the request, by the engine's thread,
+                which must not be kept waiting; the handle then has no events of its own.
 
         Raises:
             BusyError: too many requests are waiting.
@@ -288,7 +293,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         adapter: str | Mapping[str, float] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """The answer's text as it is written."""
         handle = self.submit(prompt, params, adapter=adapter)
         try:
@@ -318,7 +323,9 @@ class Engine:
     def end_ids(self) -> frozenset[int]:
         """Tokens that end an answer: those of the chat template, and the model's own."""
         own = getattr(self.model.generation_config, "eos_token_id", None)
-        return frozenset([*self.renderer.stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])])
+        return frozenset(
+            [*self.renderer.stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])]
+        )
 
     @property
     def statistics(self) -> Statistics:

@@ -1,7 +1,7 @@
 """transformers' model as the network that the decoder runs, or why it cannot be that.
 
-A model is covered when its class is known here and its config asks for nothing else than the class's usual forward. What
-is not covered is a sentence, and runs through transformers' own `generate`.
+A model is covered when its class is known here and its config asks for nothing else than the class's usual forward.
+What is not covered is a sentence, and runs through transformers' own forward.
 """
 
 from __future__ import annotations

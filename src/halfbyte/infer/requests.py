@@ -86,7 +86,9 @@ class Handle:
 
     def result(self) -> Completion:
         """Wait for the end."""
-        texts, choices, finish = [], [], "cancelled"
+        texts: list[str] = []
+        choices: list[Choice] = []
+        finish = "cancelled"
         for event in self:
             texts.append(event.text)
             choices += event.choices

@@ -67,7 +67,7 @@ class Choice:
 
     Attributes:
         token: its id.
-        logprob: natural logarithm of its probability under the model, before temperature and filters; None if not asked.
+        logprob: natural logarithm of its probability under the model, before any filter; None if not asked.
         top: the likeliest tokens and theirs, best first.
     """
 

@@ -1,14 +1,15 @@
 """Continuous batching: who gets a slot of the cache, and which tokens go through the model together.
 
-One thread goes round: requests that were cancelled leave, waiting ones take free slots, one prompt is read on by a chunk,
-and every sequence that is past its prompt gets its next token in one step. So a long prompt delays the others by a chunk
-and not by its length, and an answer that ends makes room at once.
+One thread goes round: requests that were cancelled leave, waiting ones take free slots, one prompt is read on by a
+chunk, and every sequence that is past its prompt gets its next token in one step. So a long prompt delays the others
+by a chunk and not by its length, and an answer that ends makes room at once.
 
-A slot keeps its tokens when its answer is done. A request whose prompt begins with tokens that some slot holds, computed
-under the same adapters, starts behind them: in that slot if it is free, else from a copy. So a system prompt is read once.
+A slot keeps its tokens when its answer is done. A request whose prompt begins with tokens that some slot holds,
+computed under the same adapters, starts behind them: in that slot if it is free, else from a copy. So a system prompt
+is read once.
 
-With `drafts`, a greedy sequence proposes how it might go on (`lookup.py`). The proposal is verified by the same step, as
-rows of its own, and only what the model itself would have written is kept.
+With `drafts`, a greedy sequence proposes how it might go on (`lookup.py`). The proposal is verified by the same step,
+as rows of its own, and only what the model itself would have written is kept.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ class Scheduler:
 
     def between_steps(self, action: Callable[[], Any]) -> Any:
         """Run `action` while nothing is being computed, and return its result; its exception is raised here."""
-        done, outcome = threading.Event(), []
+        done = threading.Event()
+        outcome: list[Any] = []
         with self._changed:
             if self._closing:
                 raise BusyError("the engine is closed.")

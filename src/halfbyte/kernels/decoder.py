@@ -1,7 +1,8 @@
 """What a decoder step is told: the contract between `halfbyte.infer` and the kernels that decode.
 
-The decoder is the Llama family's: norm, attention with rotary positions over a cache, norm, a gated pair of projections,
-each half added to what went in. Tokens of several sequences are decoded together; each has a slot of the cache.
+The decoder is the Llama family's: norm, attention with rotary positions over a cache, norm, a gated pair of
+projections, each half added to what went in. Tokens of several sequences are decoded together; each sequence has a slot
+of the cache.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Cache:
 
     @classmethod
     def empty(cls, network: Network, slots: int, dtype: torch.dtype) -> Cache:
-        """A cache for `slots` sequences of as many positions as the network has angles for; memory is taken when used."""
+        """A cache for `slots` sequences of as many positions as there are angles; memory is taken when it is used."""
         positions, dim = network.cosine.shape
         shape = (len(network.layers), slots, network.kv_heads, positions)
         keys = torch.empty((*shape[:-1], positions // KEY_BLOCK, dim, KEY_BLOCK), dtype=dtype)

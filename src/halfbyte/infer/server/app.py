@@ -1,8 +1,8 @@
 """The HTTP application: OpenAI's endpoints over one engine.
 
-The engine's thread tells of each token through the event loop of the server, so a slow reader delays nobody: what it has
-not read yet waits in its own queue, which an answer's length bounds. A client that leaves cancels its requests, whether
-it was streaming or not.
+The engine's thread tells of each token through the event loop of the server, so a slow reader delays nobody: what it
+has not read yet waits in its own queue, which an answer's length bounds. A client that leaves cancels its requests,
+whether it was streaming or not.
 """
 
 from __future__ import annotations
@@ -121,8 +121,7 @@ def make_app(engine: Engine, name: str, *, api_key: str | None = None, limits: L
         api_key: what clients have to send as a bearer token; None: nothing.
         limits: what one client may take.
     """
-    limits = limits or Limits()
-    metrics = Metrics(engine)
+    service = _Service(engine, name, limits or Limits(), Metrics(engine))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -130,57 +129,86 @@ def make_app(engine: Engine, name: str, *, api_key: str | None = None, limits: L
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(title="halfbyte", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(_Gate, api_key=api_key, limits=limits, metrics=metrics)
+    app.add_middleware(_Gate, api_key=api_key, limits=service.limits, metrics=service.metrics)
     app.state.engine = engine
     _add_error_handlers(app)
-    created = int(time.time())
+    app.get("/health")(service.health)
+    app.get("/metrics", response_class=PlainTextResponse)(service.exposition)
+    app.get("/v1/models")(service.models)
+    app.get("/v1/models/{model:path}")(service.model)
+    app.post("/v1/completions")(service.completions)
+    app.post("/v1/chat/completions")(service.chat_completions)
+    return app
 
-    def adapter_of(model: str) -> str | None:
-        if model == name:
+
+class _Service:
+    """The endpoints."""
+
+    def __init__(self, engine: Engine, name: str, limits: Limits, metrics: Metrics) -> None:
+        self.engine, self.name, self.limits, self.metrics = engine, name, limits, metrics
+        self._created = int(time.time())
+
+    async def health(self) -> dict[str, Any]:
+        """GET /health: that it is there, and how busy."""
+        return {"status": "ok", "running": self.engine.running, "waiting": self.engine.waiting}
+
+    async def exposition(self) -> PlainTextResponse:
+        """GET /metrics, for Prometheus."""
+        return PlainTextResponse(self.metrics.text(), media_type=self.metrics.media_type)
+
+    async def models(self) -> dict[str, Any]:
+        """GET /v1/models: the model, and each adapter as one."""
+        return {"object": "list", "data": [self._described(model) for model in (self.name, *self.engine.adapters)]}
+
+    async def model(self, model: str) -> dict[str, Any]:
+        """GET /v1/models/NAME."""
+        self._adapter_of(model)
+        return self._described(model)
+
+    async def completions(self, request: Request, body: CompletionRequest) -> Any:
+        """POST /v1/completions."""
+        return await self._answer(request, body, body.prompts(), body.max_tokens or _COMPLETION_TOKENS, body.logprobs)
+
+    async def chat_completions(self, request: Request, body: ChatRequest) -> Any:
+        """POST /v1/chat/completions."""
+        messages = [message.rendered() for message in body.messages]
+        most = body.max_completion_tokens or body.max_tokens or self.limits.tokens
+        return await self._answer(request, body, [messages], most, (body.top_logprobs or 0) if body.logprobs else None)
+
+    def _adapter_of(self, model: str) -> str | None:
+        if model == self.name:
             return None
-        if model in engine.adapters:
+        if model in self.engine.adapters:
             return model
-        hint = nearest(model, [name, *engine.adapters])
-        raise HTTPException(404, f"there is no model {model!r}; {hint}")
+        raise HTTPException(404, f"there is no model {model!r}; {nearest(model, [self.name, *self.engine.adapters])}")
 
-    def described(model: str) -> dict[str, Any]:
-        own = {"id": model, "object": "model", "created": created, "owned_by": "halfbyte"}
-        return own if model == name else {**own, "parent": name}
+    def _described(self, model: str) -> dict[str, Any]:
+        own = {"id": model, "object": "model", "created": self._created, "owned_by": "halfbyte"}
+        return own if model == self.name else {**own, "parent": self.name}
 
-    def params_of(body: CompletionRequest | ChatRequest, most: int, logprobs: int | None, index: int) -> SamplingParams:
-        """OpenAI's defaults; each of several answers has a seed of its own."""
-
-        def given(value: Any, default: Any) -> Any:
-            return default if value is None else value
-
-        return SamplingParams(
-            max_tokens=min(most, limits.tokens),
-            temperature=given(body.temperature, 1.0),
-            top_k=given(body.top_k, 0),
-            top_p=given(body.top_p, 1.0),
-            min_p=given(body.min_p, 0.0),
-            repetition_penalty=given(body.repetition_penalty, 1.0),
-            stop=body.stops(),
-            seed=None if body.seed is None else body.seed + index,
-            logprobs=logprobs,
-        )
-
-    async def answer(
-        request: Request, body: CompletionRequest | ChatRequest, prompts: list[Any], most: int, logprobs: int | None
+    async def _answer(
+        self,
+        request: Request,
+        body: CompletionRequest | ChatRequest,
+        prompts: list[Any],
+        most: int,
+        logprobs: int | None,
     ) -> Any:
-        adapter, chat = adapter_of(body.model), isinstance(body, ChatRequest)
-        answers = _Answers(limits, metrics)
+        """Submit `body.n` requests for each prompt, and answer with their events or with all of them at once."""
+        adapter, chat = self._adapter_of(body.model), isinstance(body, ChatRequest)
+        answers = _Answers(self.limits, self.metrics)
         try:
             for prompt in prompts:
                 # Tokenizing a long prompt takes a while, and others are being answered.
-                ids = await asyncio.to_thread(engine.token_ids, prompt)
+                ids = await asyncio.to_thread(self.engine.token_ids, prompt)
                 for index in range(body.n or 1):
-                    answers.submit(engine, ids, params_of(body, most, logprobs, index), adapter)
+                    params = body.sampling(min(most, self.limits.tokens), logprobs, index)
+                    answers.submit(self.engine, ids, params, adapter)
         except BaseException:
             answers.cancel()
             raise
-        identity = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        shape = replies.Shape(chat, identity, int(time.time()), body.model, engine.tokenizer, logprobs is not None)
+        identity, tokenizer = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", self.engine.tokenizer
+        shape = replies.Shape(chat, identity, int(time.time()), body.model, tokenizer, logprobs is not None)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             stream = _stream(answers, shape, request, with_usage)
@@ -197,40 +225,6 @@ def make_app(engine: Engine, name: str, *, api_key: str | None = None, limits: L
             answers.cancel()
         whole = [("".join(text), row, finish) for text, row, finish in zip(texts, tokens, finishes, strict=True)]
         return JSONResponse(shape.whole(whole, answers.usage()))
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "running": engine.running, "waiting": engine.waiting}
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def exposition() -> PlainTextResponse:
-        return PlainTextResponse(metrics.text(), media_type=metrics.media_type)
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [described(model) for model in (name, *engine.adapters)]}
-
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
-        adapter_of(model)
-        return described(model)
-
-    @app.post("/v1/completions")
-    async def completions(request: Request, body: CompletionRequest) -> Any:
-        prompts = body.prompts()
-        return await answer(request, body, prompts, body.max_tokens or _COMPLETION_TOKENS, body.logprobs)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request, body: ChatRequest) -> Any:
-        messages = [{"role": message.role, "content": message.text()} for message in body.messages]
-        for message in messages:  # OpenAI's newer word for it, which templates do not know
-            message["role"] = "system" if message["role"] == "developer" else message["role"]
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return await answer(
-            request, body, [messages], body.max_completion_tokens or body.max_tokens or limits.tokens, logprobs
-        )
-
-    return app
 
 
 async def _stream(answers: _Answers, shape: replies.Shape, request: Request, usage: bool) -> AsyncIterator[str]:

@@ -25,7 +25,10 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
-            "halfbyte_http_requests", "HTTP requests by endpoint and status.", ("endpoint", "status"), registry=self._registry
+            "halfbyte_http_requests",
+            "HTTP requests by endpoint and status.",
+            ("endpoint", "status"),
+            registry=self._registry,
         )
         self._tokens = Counter("halfbyte_sent_tokens", "Tokens written for clients.", registry=self._registry)
         self.first_token = Histogram(
@@ -67,6 +70,6 @@ class _EngineCollector(Collector):
         ):
             yield CounterMetricFamily(f"halfbyte_{name}", f"{name.replace('_', ' ')} since the start.", value)
         seconds = CounterMetricFamily("halfbyte_seconds", "Where the engine's time went.", labels=("part",))
-        for part, value in statistics.seconds.items():
-            seconds.add_metric((part,), value)
+        for part, spent in statistics.seconds.items():
+            seconds.add_metric((part,), spent)
         yield seconds

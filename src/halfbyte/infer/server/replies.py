@@ -23,9 +23,7 @@ class Shape:
         logprobs: whether tokens are to be reported with their probabilities.
     """
 
-    def __init__(
-        self, chat: bool, identity: str, created: int, model: str, tokenizer: Any, logprobs: bool
-    ) -> None:
+    def __init__(self, chat: bool, identity: str, created: int, model: str, tokenizer: Any, logprobs: bool) -> None:
         self.chat, self.tokenizer, self.logprobs = chat, tokenizer, logprobs
         self._head = {"id": identity, "created": created, "model": model}
         self._offsets: dict[int, int] = {}

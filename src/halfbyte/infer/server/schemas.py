@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from halfbyte.errors import nearest
+from halfbyte.infer.sampling import SamplingParams
 
 
 def _encodable(text: str) -> str:
@@ -41,11 +42,11 @@ class ChatMessage(BaseModel):
     content: Text | list[Part] | None = None
     name: Text | None = None
 
-    def text(self) -> str:
-        """The content as one text."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+    def rendered(self) -> dict[str, str]:
+        """The turn as chat templates take it."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class StreamOptions(BaseModel):
@@ -66,9 +67,11 @@ class _Request(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: Annotated[Text, Field(min_length=1)] | Annotated[
-        list[Annotated[Text, Field(min_length=1)]], Field(max_length=16)
-    ] | None = None
+    stop: (
+        Annotated[Text, Field(min_length=1)]
+        | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=16)]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-(1 << 62), lt=1 << 62)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -88,17 +91,29 @@ class _Request(BaseModel):
             raise ValueError(f"there is no parameter {unknown[0]!r}; {nearest(unknown[0], cls.model_fields)}")
         return data
 
-    def stops(self) -> tuple[str, ...]:
-        """Stop texts, however they were given."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def sampling(self, most: int, logprobs: int | None, index: int) -> SamplingParams:
+        """The parameters with OpenAI's defaults; each of several answers has a seed of its own."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given = {name: getattr(self, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")}
+        return SamplingParams(
+            max_tokens=most,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            stop=stop,
+            seed=None if self.seed is None else self.seed + index,
+            logprobs=logprobs,
+            **{name: value for name, value in given.items() if value is not None},
+        )
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: Text | Ids | Annotated[list[Text], Field(min_length=1, max_length=128)] | Annotated[
-        list[Ids], Field(min_length=1, max_length=128)
-    ]
+    prompt: (
+        Text
+        | Ids
+        | Annotated[list[Text], Field(min_length=1, max_length=128)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=128)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None

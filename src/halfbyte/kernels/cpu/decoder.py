@@ -109,13 +109,17 @@ class NativeDecoder:
         self._decode, self.network, self.cache = native.functions["hb_decode"], network, cache
         self._dtype = dtype
         if network.table.dim() != 2 or network.table.shape[1] != network.final_norm.numel():
-            raise ShapeError(f"embeddings {tuple(network.table.shape)} do not fit {network.final_norm.numel()} hidden numbers")
+            raise ShapeError(
+                f"embeddings {tuple(network.table.shape)} do not fit {network.final_norm.numel()} hidden numbers"
+            )
         self._kept: list[Any] = []
         self._keep_adapters: list[Any] = []
         self._hidden = network.final_norm.numel()
         positions, dim = network.cosine.shape
         if network.heads % network.kv_heads or dim % 2 or positions % KEY_BLOCK:
-            raise ShapeError(f"{network.heads} heads of {dim} over {network.kv_heads} at {positions} positions do not fit")
+            raise ShapeError(
+                f"{network.heads} heads of {dim} over {network.kv_heads} at {positions} positions do not fit"
+            )
         ffn = network.layers[0].matrices["gate"].n
         self._layers = (_Layer * len(network.layers))(*(self._layer(layer, ffn) for layer in network.layers))
         self._decoder = _Decoder(
@@ -165,7 +169,9 @@ class NativeDecoder:
         bias = self._vector(matrix.bias, matrix.n)
         if isinstance(matrix.weight, PackedWeight):
             if not takes_few_rows(matrix.weight, matrix.k):
-                raise ShapeError(f"a packed matrix of {matrix.n} x {matrix.k} is not whole blocks and groups of columns")
+                raise ShapeError(
+                    f"a packed matrix of {matrix.n} x {matrix.k} is not whole blocks and groups of columns"
+                )
             weight, keep = packed_weight(tuple(matrix.weight), matrix.n * matrix.k)
             self._kept += [weight, keep]
             return _Matrix(packed=ctypes.pointer(weight), bias=bias, n=matrix.n, k=matrix.k)

@@ -1,4 +1,4 @@
-"""A decoder step in torch operations: the reference, and, because its products have many rows, what prompts go through."""
+"""A decoder step in torch operations: the reference, and what prompts go through, whose products have many rows."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ class TorchDecoder:
             y = functional.linear(x.to(weight.dtype), weight).float()
         if matrix.bias is not None:
             y += matrix.bias
-        for rows, mix in groups if where is not None else ():
+        for rows, mix in groups:
             for number, share in mix:
-                branch = self.adapters[number].get(where)
+                branch = None if where is None else self.adapters[number].get(where)
                 if branch is not None:
                     middle = cast[rows].to(branch.a.dtype) @ branch.a.t()
                     y[rows] += (middle @ branch.b_transposed).float() * share
