@@ -276,7 +276,7 @@ std::vector<hb_lora> adapters(Random &random, Call &call, std::vector<Buffer> &k
         made.push_back({a->data(), b->data(), rank, first, count, own.number, scaling});
         call.text += described(", rank %d for rows %d of ", rank, count) + own.name;
         for (int64_t m = first; m < first + count; ++m) {
-            std::vector<double> exact(size_t(n)), magnitude(size_t(n));
+            std::vector<double> exact(static_cast<size_t>(n)), magnitude(static_cast<size_t>(n));
             for (int64_t j = 0; j < rank; ++j) {
                 double t = 0, size = 0;
                 for (int64_t i = 0; i < k; ++i) {

@@ -155,8 +155,8 @@ class Ops(RowwiseOps):
     def linear_lora(self, *args: Any) -> torch.Tensor:
         """`halfbyte::linear_lora`: packed, out_features, x [..., K], bias, then A, B, scaling and rows of each adapter.
 
-        A few rows are one call of the library, which multiplies A and B as they are. Where torch multiplies them they are
-        rounded to `x`'s dtype first.
+        A few rows are one call of the library, which multiplies A and B as they are; where torch multiplies them they
+        are rounded to `x`'s dtype first.
         """
         n, x, bias, a, b, scaling, rows = args[9:]
         check_adapters(x, n, a, b, scaling, rows)
