@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Raised whenever a signature or a struct below changes; kernels/cpu/library.py refuses another number.
-#define HB_ABI 2
+#define HB_ABI 3
 
 // Element types, numbered as in kernels/cpu/library.py.
 enum hb_dtype { HB_FLOAT32 = 0, HB_BFLOAT16 = 1, HB_FLOAT16 = 2 };
@@ -75,6 +75,23 @@ HB_API int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, cons
 // out [rows, k] = grad [rows, n] W, under the same conditions.
 HB_API int hb_linear_grad_input(int threads, const hb_weight *w, int64_t n, int64_t k, const void *grad, int64_t rows,
                                  int dtype, void *out);
+
+// A LoRA adapter, for some of the rows of a product: out[first .. first + rows) += scaling (x A^T) B^T.
+typedef struct hb_lora {
+    const void *a;  // [rank, k] of `dtype`
+    const void *b;  // [n, rank] of `dtype`
+    int64_t rank;
+    int64_t first, rows;
+    int32_t dtype;
+    float scaling;
+} hb_lora;
+
+// hb_linear of at most HB_FEW_ROWS rows, with the branches of adapters, each of which names its rows: a batch whose rows
+// have adapters of their own is one call. Sums are float32; the branch is added to the rounded product and rounded.
+// Returns as hb_linear.
+#define HB_FEW_ROWS 32
+HB_API int hb_linear_lora(int threads, const hb_weight *w, int64_t n, int64_t k, const void *x, int64_t rows, int dtype,
+                          const void *bias, const hb_lora *adapters, int64_t count, void *out);
 
 // Row by row, in one dtype, computed in float32. Labels lie in [0, vocabulary).
 // losses [rows] = log(sum(exp(logits))) - logits[label]; with `gradient`, logits become their gradient: softmax - one-hot.

@@ -31,6 +31,23 @@ struct Linear {
 // cache of 2 MiB; with AMX 512 rows take 31 ms in one pass and 19 ms in four, although W is decoded four times.
 constexpr int64_t kPassRows = 128;
 
+// Rows of W that a thread takes at once in a few-row product: a multiple of every kernel's tile, 128 KiB of codes at
+// K = 4096.
+constexpr int64_t kLinearRows = 64;
+
+// The branch of a LoRA adapter beside a few-row product; see lora.h. `down` computes columns [first, last) of
+// t [rows of the adapter, lora_width(rank)] = scaling x A^T, kLoraRanks of them or up to the last. `up` adds t B^T to
+// out[:, first .. last), which it rounds.
+constexpr int64_t kFewRows = HB_FEW_ROWS;
+constexpr int64_t kLoraRanks = 4;
+struct Lora {
+    void (*down)(const hb_lora &lora, const void *x, int dtype, int64_t k, float *t, int64_t first, int64_t last);
+    void (*up)(const hb_lora &lora, const float *t, int64_t n, int dtype, void *out, int64_t first, int64_t last);
+};
+
+// The rank, padded to whole vectors of any instruction set.
+constexpr int64_t lora_width(int64_t rank) { return (rank + 15) / 16 * 16; }
+
 // grad W. `run` computes out[:, first .. last), where a range is kGradColumns wide (the last one may be less): sums of
 // 16 rows take 32 KiB and stay close, and each row of W is read in pieces of 256 bytes.
 constexpr int64_t kGradColumns = 512;
@@ -83,6 +100,7 @@ struct Kernels {
     Quantize quantize;
     AdamW adamw;
     const Rowwise *rowwise;
+    const Lora *lora;
     Linear linear;
     GradInput grad_input;
     const Gemm *linear_gemm = nullptr;  // where the set has one
@@ -96,6 +114,7 @@ void dequantize_generic(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_generic(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
 extern const GradInput grad_input_generic;
 extern const Linear linear_generic;
+extern const Lora lora_generic;
 extern const Rowwise rowwise_generic;
 
 #ifdef HB_X86
@@ -103,12 +122,14 @@ void dequantize_avx2(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_avx2(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
 extern const GradInput grad_input_avx2;
 extern const Linear linear_avx2;
+extern const Lora lora_avx2;
 extern const Rowwise rowwise_avx2;
 
 void dequantize_avx512(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_avx512(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
 extern const GradInput grad_input_avx512;
 extern const Linear linear_avx512;
+extern const Lora lora_avx512;
 extern const Rowwise rowwise_avx512;
 extern const Linear linear_avx512bf16;
 extern const Linear linear_few_amx;

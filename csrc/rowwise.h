@@ -1,81 +1,16 @@
 // What a training step computes between its products, row by row: softmax with its loss, norms, gates, rotations.
 //
-// All of it is bound by memory once it is vectorised, so there is one source for every instruction set: GCC's and
-// Clang's vector extensions, kLanes floats at a time, which a rowwise_<set>.cpp sets to its registers' width before it
-// includes this. Elements are read once or twice, computed in float32 and rounded once. See scalar.h for the namespace.
+// All of it is bound by memory once it is vectorised, so there is one source for every instruction set (vectors.h).
+// Elements are read once or twice, computed in float32 and rounded once. See scalar.h for the namespace.
 #pragma once
 
 #include <cmath>
 
 #include "kernels.h"
-#include "scalar.h"
+#include "vectors.h"
 
 namespace halfbyte {
 namespace {
-
-// Vectors never cross a call that is not inlined, so how a set would pass them does not matter.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#define HB_INLINE inline __attribute__((always_inline))
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-
-HB_INLINE Floats all(float x) { return x - Floats{}; }
-
-HB_INLINE Floats load_whole(const float *p) {
-    Floats x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
-HB_INLINE Floats load_whole(const bfloat16 *p) {
-    Halves h;
-    std::memcpy(&h, p, sizeof h);
-    return (Floats)(__builtin_convertvector(h, Words) << 16);
-}
-HB_INLINE Floats load_whole(const float16 *p) {
-    Floats x;
-    for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
-    return x;
-}
-
-HB_INLINE void store_whole(float *p, Floats x) { std::memcpy(p, &x, sizeof x); }
-HB_INLINE void store_whole(bfloat16 *p, Floats x) {
-    const Words u = (Words)x, rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-    const Words is_nan = (Words)(x != x);
-    const Halves h = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), Halves);
-    std::memcpy(p, &h, sizeof h);
-}
-HB_INLINE void store_whole(float16 *p, Floats x) {
-    for (int i = 0; i < kLanes; ++i) store(p + i, x[i]);
-}
-
-// The first `count` lanes; where there are fewer than kLanes, a row's ragged end, the others are `rest`.
-template <class T>
-HB_INLINE Floats load(const T *p, int64_t count, float rest = 0.0f) {
-    if (count >= kLanes) return load_whole(p);
-    float buffer[kLanes];
-    for (int i = 0; i < kLanes; ++i) buffer[i] = i < count ? to_float(p[i]) : rest;
-    return load_whole(buffer);
-}
-template <class T>
-HB_INLINE void store(T *p, int64_t count, Floats x) {
-    if (count >= kLanes) return store_whole(p, x);
-    float buffer[kLanes];
-    store_whole(buffer, x);
-    for (int i = 0; i < count; ++i) store(p + i, buffer[i]);
-}
-
-HB_INLINE Floats choose(Ints which, Floats yes, Floats no) {
-    return (Floats)((which & (Ints)yes) | (~which & (Ints)no));
-}
-
-HB_INLINE double sum(Floats x) {
-    double total = 0.0;
-    for (int i = 0; i < kLanes; ++i) total += double(x[i]);
-    return total;
-}
 
 // e^x to 2 units in the last place for x in [-87.3, 88.3]; beyond, the value at that end. NaN stays NaN.
 // x = n ln 2 + r, |r| <= ln 2 / 2, and e^r by the polynomial of Cephes' expf.
@@ -226,8 +161,6 @@ void rotary(const void *x_data, const void *cos_data, const void *sin_data, int6
 
 template <class T>
 constexpr RowwiseOf kRowwiseOf = {cross_entropy<T>, rms_norm<T>, rms_norm_grad<T>, swiglu<T>, swiglu_grad<T>, rotary<T>};
-
-#undef HB_INLINE
 
 }  // namespace
 }  // namespace halfbyte
