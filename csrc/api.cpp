@@ -21,10 +21,6 @@ namespace {
 // of codes and 128 K of bf16 stay in the second-level cache. A multiple of every block size.
 constexpr int64_t kPiece = 1 << 16;
 
-// Rows of W that a thread takes at once in a few-row product: a multiple of every kernel's tile, 128 KiB of codes at
-// K = 4096.
-constexpr int64_t kLinearRows = 64;
-
 constexpr int64_t kLargePage = 1 << 21;
 
 // Asks for large pages under a buffer that is about to be written for the first time. A fresh 32 MiB result costs 8192
@@ -143,7 +139,7 @@ int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, const void 
         const int64_t some = std::min(halfbyte::kPassRows, rows - row);
         char *const target = static_cast<char *>(out) + row * n * size;
         linear.prepare(*w, static_cast<const char *>(x) + row * k * size, dtype, some, k, scratch.data());
-        parallel_for(threads, n, kLinearRows, [&](int64_t first, int64_t last) {
+        parallel_for(threads, n, halfbyte::kLinearRows, [&](int64_t first, int64_t last) {
             if (!linear.run(*w, n, k, scratch.data(), some, dtype, bias, target, first, last)) failed = 1;
         });
     }

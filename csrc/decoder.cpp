@@ -76,7 +76,7 @@ class Step {
         take(rounded_, s_.rows * widest_ * 2);
         take(products_, s_.dtype == HB_FLOAT32 ? 0 : s_.rows * std::max(widest_, d_.head.n) * kMembers * 2);
         take(prepared_, prepared_size_);
-        take(branches_, kMembers * entries_ * most_rank_ * 4);
+        take(middles_, kMembers * entries_ * most_rank_ * 4);
         return at;
     }
 
@@ -110,7 +110,7 @@ class Step {
 
     void measure(const hb_matrix &m) {
         if (m.packed) prepared_size_ = std::max(prepared_size_, linear_.scratch_size(*m.packed, s_.rows, m.k));
-        for (int64_t i = 0; m.loras && i < entries_; ++i) most_rank_ = std::max(most_rank_, m.loras[s_.adapter[i]].rank);
+        for (int64_t i = 0; m.branches && i < entries_; ++i) most_rank_ = std::max(most_rank_, m.branches[s_.adapter[i]].rank);
     }
 
     void layer(Crew &crew, int64_t number) {
@@ -210,14 +210,14 @@ class Step {
             }
             const int64_t member = (piece - 1) / entries_, entry = (piece - 1) % entries_;
             const hb_matrix &m = members[member].matrix;
-            if (!m.loras) return;
-            const hb_lora &lora = m.loras[s_.adapter[entry]];
+            if (!m.branches) return;
+            const hb_branch &branch = m.branches[s_.adapter[entry]];
             const int64_t row = std::upper_bound(s_.mix, s_.mix + s_.rows, entry) - s_.mix - 1;
-            ops_.lora_a(lora, k, x + row * k, s_.weight[entry], branch(member, entry));
+            ops_.branch_down(branch, k, x + row * k, s_.weight[entry], middle(member, entry));
         });
     }
 
-    float *branch(int64_t member, int64_t entry) { return branches_ + (member * entries_ + entry) * most_rank_; }
+    float *middle(int64_t member, int64_t entry) { return middles_ + (member * entries_ + entry) * most_rank_; }
 
     // A piece of one product, with its bias and its adapters.
     void finish(const Member &member, int64_t number, const float *x, int64_t piece) {
@@ -237,10 +237,10 @@ class Step {
         for (int64_t row = 0; row < s_.rows; ++row) {
             float *const out = member.out + row * m.n;
             if (m.bias) ops_.add(m.bias + first, last - first, out + first);
-            if (!m.loras || !s_.mix) continue;
+            if (!m.branches || !s_.mix) continue;
             for (int64_t entry = s_.mix[row]; entry < s_.mix[row + 1]; ++entry) {
-                const hb_lora &lora = m.loras[s_.adapter[entry]];
-                if (lora.rank) ops_.lora_b(lora, m.n, branch(number, entry), first, last, out);
+                const hb_branch &branch = m.branches[s_.adapter[entry]];
+                if (branch.rank) ops_.branch_up(branch, m.n, middle(number, entry), first, last, out);
             }
         }
     }
@@ -251,7 +251,7 @@ class Step {
     const Linear &linear_;
     int64_t query_, key_, widest_, entries_, prepared_size_ = 0, most_rank_ = 0;
     Crew::Phase *phases_;
-    float *x_, *queries_, *keys_, *values_, *gates_, *up_, *sums_, *branches_;
+    float *x_, *queries_, *keys_, *values_, *gates_, *up_, *sums_, *middles_;
     uint16_t *rounded_, *products_;
     void *prepared_;
     std::atomic<int> failed_{0};

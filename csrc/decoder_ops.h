@@ -73,17 +73,17 @@ void dense(const hb_matrix &w, const float *x, int64_t rows, int64_t first, int6
 }
 
 // t [rank] = weight x A^T
-void lora_a(const hb_lora &lora, int64_t k, const float *x, float weight, float *t) {
-    if (lora.dtype == HB_FLOAT32) {
-        dot_all(static_cast<const float *>(lora.a), k, x, lora.rank, t);
+void branch_down(const hb_branch &branch, int64_t k, const float *x, float weight, float *t) {
+    if (branch.dtype == HB_FLOAT32) {
+        dot_all(static_cast<const float *>(branch.a), k, x, branch.rank, t);
     } else {
-        dot_all(static_cast<const bfloat16 *>(lora.a), k, x, lora.rank, t);
+        dot_all(static_cast<const bfloat16 *>(branch.a), k, x, branch.rank, t);
     }
-    for (int64_t r = 0; r < lora.rank; ++r) t[r] *= weight;
+    for (int64_t r = 0; r < branch.rank; ++r) t[r] *= weight;
 }
 
 template <class T>
-void lora_b_of(const T *b, int64_t rank, int64_t n, const float *t, int64_t first, int64_t last, float *out) {
+void branch_up_of(const T *b, int64_t rank, int64_t n, const float *t, int64_t first, int64_t last, float *out) {
     for (int64_t i = first; i < last; i += kLanes) {
         const int64_t left = last - i;
         Floats total = load(out + i, left);
@@ -93,11 +93,11 @@ void lora_b_of(const T *b, int64_t rank, int64_t n, const float *t, int64_t firs
 }
 
 // out[first .. last) += t B^T
-void lora_b(const hb_lora &lora, int64_t n, const float *t, int64_t first, int64_t last, float *out) {
-    if (lora.dtype == HB_FLOAT32) {
-        lora_b_of(static_cast<const float *>(lora.b_transposed), lora.rank, n, t, first, last, out);
+void branch_up(const hb_branch &branch, int64_t n, const float *t, int64_t first, int64_t last, float *out) {
+    if (branch.dtype == HB_FLOAT32) {
+        branch_up_of(static_cast<const float *>(branch.b_transposed), branch.rank, n, t, first, last, out);
     } else {
-        lora_b_of(static_cast<const bfloat16 *>(lora.b_transposed), lora.rank, n, t, first, last, out);
+        branch_up_of(static_cast<const bfloat16 *>(branch.b_transposed), branch.rank, n, t, first, last, out);
     }
 }
 
@@ -271,8 +271,8 @@ void attend(const HeadAt &at, const float *queries, float *out) {
     }
 }
 
-constexpr DecoderOps kDecoderOps = {rms_norm, round_row, widen_row, dense,  lora_a,
-                                    lora_b,   add_row,   gate,      enter, attend};
+constexpr DecoderOps kDecoderOps = {rms_norm, round_row, widen_row, dense,  branch_down,
+                                    branch_up,   add_row,   gate,      enter, attend};
 
 }  // namespace
 }  // namespace halfbyte

@@ -76,6 +76,23 @@ HB_API int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, cons
 HB_API int hb_linear_grad_input(int threads, const hb_weight *w, int64_t n, int64_t k, const void *grad, int64_t rows,
                                  int dtype, void *out);
 
+// A LoRA adapter, for some of the rows of a product: out[first .. first + rows) += scaling (x A^T) B^T.
+typedef struct hb_lora {
+    const void *a;  // [rank, k] of `dtype`
+    const void *b;  // [n, rank] of `dtype`
+    int64_t rank;
+    int64_t first, rows;
+    int32_t dtype;
+    float scaling;
+} hb_lora;
+
+// hb_linear of at most HB_FEW_ROWS rows, with the branches of adapters, each of which names its rows: a batch whose rows
+// have adapters of their own is one call. Sums are float32; the branch is added to the rounded product and rounded.
+// Returns as hb_linear.
+#define HB_FEW_ROWS 32
+HB_API int hb_linear_lora(int threads, const hb_weight *w, int64_t n, int64_t k, const void *x, int64_t rows, int dtype,
+                          const void *bias, const hb_lora *adapters, int64_t count, void *out);
+
 // Row by row, in one dtype, computed in float32. Labels lie in [0, vocabulary).
 // losses [rows] = log(sum(exp(logits))) - logits[label]; with `gradient`, logits become their gradient: softmax - one-hot.
 HB_API void hb_cross_entropy(int threads, void *logits, int dtype, int64_t rows, int64_t vocabulary,
@@ -137,18 +154,18 @@ HB_API int hb_adamw_norms(int threads, const hb_adamw_tensor *tensors, int64_t c
 
 // An adapter's branch of a matrix: out += weight x A^T B^T, A [rank, k], B transposed [rank, n], both of `dtype`
 // (float32 or bfloat16). rank 0 where the adapter leaves the matrix alone.
-typedef struct hb_lora {
+typedef struct hb_branch {
     const void *a, *b_transposed;
     int64_t rank;
     int32_t dtype;
-} hb_lora;
+} hb_branch;
 
 // W [n, k], packed under the conditions of hb_linear, or dense.
 typedef struct hb_matrix {
     const hb_weight *packed;  // or null, and then
     const void *dense;        // float32 or bfloat16
     const float *bias;        // [n], or null
-    const hb_lora *loras;     // [adapters], or null
+    const hb_branch *branches;     // [adapters], or null
     int64_t n, k;
     int32_t dense_dtype;
 } hb_matrix;

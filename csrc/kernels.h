@@ -31,6 +31,23 @@ struct Linear {
 // cache of 2 MiB; with AMX 512 rows take 31 ms in one pass and 19 ms in four, although W is decoded four times.
 constexpr int64_t kPassRows = 128;
 
+// Rows of W that a thread takes at once in a few-row product: a multiple of every kernel's tile, 128 KiB of codes at
+// K = 4096.
+constexpr int64_t kLinearRows = 64;
+
+// The branch of a LoRA adapter beside a few-row product; see lora.h. `down` computes columns [first, last) of
+// t [rows of the adapter, lora_width(rank)] = scaling x A^T, kLoraRanks of them or up to the last. `up` adds t B^T to
+// out[:, first .. last), which it rounds.
+constexpr int64_t kFewRows = HB_FEW_ROWS;
+constexpr int64_t kLoraRanks = 4;
+struct Lora {
+    void (*down)(const hb_lora &lora, const void *x, int dtype, int64_t k, float *t, int64_t first, int64_t last);
+    void (*up)(const hb_lora &lora, const float *t, int64_t n, int dtype, void *out, int64_t first, int64_t last);
+};
+
+// The rank, padded to whole vectors of any instruction set.
+constexpr int64_t lora_width(int64_t rank) { return (rank + 15) / 16 * 16; }
+
 // grad W. `run` computes out[:, first .. last), where a range is kGradColumns wide (the last one may be less): sums of
 // 16 rows take 32 KiB and stay close, and each row of W is read in pieces of 256 bytes.
 constexpr int64_t kGradColumns = 512;
@@ -92,8 +109,8 @@ struct DecoderOps {
     void (*widen)(const uint16_t *bf16, int64_t n, float *out);
     // out[row, first .. last) = x W^T, out [rows, n].
     void (*dense)(const hb_matrix &w, const float *x, int64_t rows, int64_t first, int64_t last, float *out);
-    void (*lora_a)(const hb_lora &lora, int64_t k, const float *x, float weight, float *t);
-    void (*lora_b)(const hb_lora &lora, int64_t n, const float *t, int64_t first, int64_t last, float *out);
+    void (*branch_down)(const hb_branch &branch, int64_t k, const float *x, float weight, float *t);
+    void (*branch_up)(const hb_branch &branch, int64_t n, const float *t, int64_t first, int64_t last, float *out);
     void (*add)(const float *x, int64_t n, float *out);
     void (*gate)(int activation, const float *gate, const float *up, int64_t n, float *out);
     // Normalizes and rotates one key head with its queries [group, head_dim], scales the queries, and stores key and value.
@@ -106,6 +123,7 @@ struct Kernels {
     Quantize quantize;
     AdamW adamw;
     const Rowwise *rowwise;
+    const Lora *lora;
     const DecoderOps *decoder;
     Linear linear;
     GradInput grad_input;
@@ -120,6 +138,7 @@ void dequantize_generic(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_generic(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
 extern const GradInput grad_input_generic;
 extern const Linear linear_generic;
+extern const Lora lora_generic;
 extern const Rowwise rowwise_generic;
 extern const DecoderOps decoder_generic;
 
@@ -128,6 +147,7 @@ void dequantize_avx2(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_avx2(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
 extern const GradInput grad_input_avx2;
 extern const Linear linear_avx2;
+extern const Lora lora_avx2;
 extern const Rowwise rowwise_avx2;
 extern const DecoderOps decoder_avx2;
 
@@ -135,6 +155,7 @@ void dequantize_avx512(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_avx512(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
 extern const GradInput grad_input_avx512;
 extern const Linear linear_avx512;
+extern const Lora lora_avx512;
 extern const Rowwise rowwise_avx512;
 extern const DecoderOps decoder_avx512;
 extern const Linear linear_avx512bf16;

@@ -1,9 +1,12 @@
 // What a training step computes between its products, row by row: softmax with its loss, norms, gates, rotations.
 //
 // All of it is bound by memory once it is vectorised, so there is one source for every instruction set (vectors.h).
-// Elements are read once or twice, computed in float32 and rounded once.
+// Elements are read once or twice, computed in float32 and rounded once. See scalar.h for the namespace.
 #pragma once
 
+#include <cmath>
+
+#include "kernels.h"
 #include "vectors.h"
 
 namespace halfbyte {

@@ -1,12 +1,9 @@
-// Vectors of kLanes floats in GCC's and Clang's vector extensions: one source for every instruction set.
+// Vectors of kLanes floats: GCC's and Clang's vector extensions, for kernels that have one source for every set.
 //
-// A file <op>_<set>.cpp sets kLanes to its registers' width before it includes what uses this. See scalar.h for the
-// unnamed namespace.
+// A file that includes this has set kLanes to its registers' width before (see rowwise_avx512.cpp). Elements of any type
+// are loaded as floats and rounded once when they are stored. See scalar.h for the namespace.
 #pragma once
 
-#include <cmath>
-
-#include "kernels.h"
 #include "scalar.h"
 
 namespace halfbyte {

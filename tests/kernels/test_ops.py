@@ -35,6 +35,10 @@ def sample_inputs() -> dict[str, list[tuple]]:
         "dequantize": [(*packed(bits), [ROWS, COLUMNS], torch.bfloat16) for bits in (None, 8, 6, 4)],
         "dequantize_rows": [(*packed(bits), COLUMNS, index, torch.float32) for bits in (None, 6)],
         "linear": [(*packed(), ROWS, x, bias), (*packed(None), ROWS, x, None)],
+        "linear_lora": [
+            (*packed(), ROWS, x.detach(), bias.detach(), [torch.randn(2, COLUMNS)], [torch.randn(ROWS, 2)], [0.5], [5]),
+            (*packed(None), ROWS, x.detach(), None, [], [], [], []),
+        ],
         "linear_grad_input": [(*packed(), COLUMNS, torch.randn(5, ROWS, requires_grad=True))],
         "cross_entropy_": [(torch.randn(2, 5), torch.tensor([0, 4]), gradient) for gradient in (False, True)],
         "rms_norm": [(torch.randn(2, 3, 5), torch.randn(5), 1e-6)],

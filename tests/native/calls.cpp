@@ -262,6 +262,72 @@ Call product(Random &random, bool backward) {
     return call;
 }
 
+// Adapters for some of `rows`, one after the other; the exact branches are added to what `call` expects.
+std::vector<hb_lora> adapters(Random &random, Call &call, std::vector<Buffer> &keep, const Type &type, const Guarded &x,
+                              int64_t n, int64_t k, int64_t rows) {
+    std::vector<hb_lora> made;
+    for (int64_t first = random.below(2); first < rows && made.size() < 3; first += made.back().rows) {
+        const Type &own = kTypes[random.below(3)];
+        const int64_t rank = random.size(random.one_in(8) ? 8 : 5), count = random.between(1, rows - first);
+        const Buffer a = floats(random, own, rank * k, Values::kSmooth, 0x1p-4f);
+        const Buffer b = floats(random, own, n * rank, Values::kSmooth, 1);
+        const float scaling = random.smooth();
+        keep.push_back(a), keep.push_back(b);
+        made.push_back({a->data(), b->data(), rank, first, count, own.number, scaling});
+        call.text += described(", rank %d for rows %d of ", rank, count) + own.name;
+        for (int64_t m = first; m < first + count; ++m) {
+            std::vector<double> exact(static_cast<size_t>(n)), magnitude(static_cast<size_t>(n));
+            for (int64_t j = 0; j < rank; ++j) {
+                double t = 0, size = 0;
+                for (int64_t i = 0; i < k; ++i) {
+                    const double product =
+                        to_double(x.data(), type.element, m * k + i) * to_double(a->data(), own.element, j * k + i);
+                    t += product, size += std::fabs(product);
+                }
+                for (int64_t i = 0; i < n; ++i) {
+                    const double factor = double(scaling) * to_double(b->data(), own.element, i * rank + j);
+                    exact[size_t(i)] += factor * t, magnitude[size_t(i)] += std::fabs(factor) * size;
+                }
+            }
+            for (int64_t i = 0; i < n; ++i) {
+                // The sum's rounding, and the rounding of the product that came before it.
+                const size_t at = size_t(m * n + i);
+                const double sums = double(k + rank + 2) * 0x1p-23 * magnitude[size_t(i)];
+                call.exact[at] += exact[size_t(i)];
+                call.allowed[at] += (sums + call.allowed[at]) * type.eps + sums +
+                                    type.eps / 2 * std::fabs(call.exact[at]) + type.smallest_normal * type.eps;
+            }
+        }
+    }
+    return made;
+}
+
+Call linear_lora(Random &random) {
+    const int64_t block = block_size(random), unit = std::max<int64_t>(64, block);
+    const int64_t k = unit * random.size(block > 256 ? 1 : 3), n = random.between(1, random.one_in(4) ? 150 : 70);
+    const int64_t rows = random.one_in(4) ? random.between(1, HB_FEW_ROWS) : random.between(1, 4);
+    const Type &type = kTypes[random.below(3)];
+    const Weight w = weight(random, random.below(kInt8), block, 0, n * k, true);
+    const Buffer x = floats(random, type, rows * k, Values::kSmooth, 1);
+    const Buffer bias = random.one_in(2) ? nullptr : floats(random, type, n, Values::kSmooth, 1);
+    Call call;
+    call.text = described("linear_lora: n %d, k %d, rows %d, ", n, k, rows) + type.name + (bias ? ", bias, " : ", ") +
+                w.text;
+    call.outputs = {{rows * n * type.size, type.element}};
+    std::vector<float> weights(size_t(n * k));
+    hb_set_isa(HB_GENERIC);
+    hb_dequantize(1, &w.fields, k, 0, n, 0, k, HB_FLOAT32, weights.data());
+    expect(call, type, *x, bias.get(), rows, k, n, weights, k, 1);
+    std::vector<Buffer> keep;
+    const std::vector<hb_lora> made = adapters(random, call, keep, type, *x, n, k, rows);
+    call.run = [=](int threads, void *const *out) {
+        (void)keep;
+        return hb_linear_lora(threads, &w.fields, n, k, x->data(), rows, type.number, bias ? bias->data() : nullptr,
+                              made.data(), int64_t(made.size()), out[0]);
+    };
+    return call;
+}
+
 }  // namespace
 
 double to_double(const void *data, Element element, int64_t at) {
@@ -282,13 +348,14 @@ double to_double(const void *data, Element element, int64_t at) {
 
 Call random_call(uint64_t seed) {
     Random random(seed);
-    switch (random.below(8)) {
+    switch (random.below(9)) {
         case 0: return quantize_scales(random);
         case 1: return dequantize_rows(random);
         case 2:
         case 3: return dequantize(random);
         case 4: return product(random, false);
         case 5: return product(random, true);
+        case 6: return linear_lora(random);
         default: return quantize(random);
     }
 }

@@ -58,6 +58,10 @@ SCHEMAS = {
     "dequantize": f"({_PACKED}, SymInt[] shape, ScalarType dtype) -> Tensor",
     "dequantize_rows": f"({_PACKED}, SymInt columns, Tensor rows, ScalarType dtype) -> Tensor",
     "linear": f"({_PACKED}, SymInt out_features, Tensor x, Tensor? bias) -> Tensor",
+    "linear_lora": (
+        f"({_PACKED}, SymInt out_features, Tensor x, Tensor? bias, "
+        "Tensor[] a, Tensor[] b, float[] scaling, SymInt[] rows) -> Tensor"
+    ),
     "linear_grad_input": f"({_PACKED}, SymInt in_features, Tensor grad) -> Tensor",
     "cross_entropy_": "(Tensor(a!) logits, Tensor labels, bool gradient) -> Tensor",
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
@@ -105,6 +109,12 @@ def _dequantize_rows(*args: Any) -> torch.Tensor:
 @torch.library.register_fake(f"{NAMESPACE}::linear", lib=LIBRARY)
 def _linear(*args: Any) -> torch.Tensor:
     _, (out_features, x, _bias) = split_packed(args)
+    return torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear_lora", lib=LIBRARY)
+def _linear_lora(*args: Any) -> torch.Tensor:
+    _, (out_features, x, *_rest) = split_packed(args)
     return torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
 
 

@@ -7,6 +7,9 @@
 | mlp | silu(gate) * up | `nn.swiglu` |
 | rotary | the rotation of queries and keys | `nn.rotary` |
 
+Where the mlp or the rotation is covered, adapted projections that read one tensor (gate and up; q, k and v) are one
+operation as well (`shared_input.py`).
+
 A module is covered when its class's forward is the very code that the operation stands for (`plain_forwards.py`); the
 model classes stay as they are, since only `forward` of this model's instances is replaced. They differ from the class's
 own forward by rounding, which they do once where that does it at each step, so they run in training mode only: a model
@@ -26,6 +29,7 @@ from torch import nn
 
 from halfbyte import nn as operations
 from halfbyte.models import plain_forwards
+from halfbyte.models.shared_input import ATTENTION, SharedInput, project
 
 PARTS = ("loss", "norm", "mlp", "rotary")
 
@@ -100,7 +104,7 @@ def _norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _mlp_forward(self: Any, x: torch.Tensor) -> Any:
-    gate, up = self.gate_proj(x), self.up_proj(x)
+    gate, up = project(x, (self.gate_proj, self.up_proj)) if self.training else (self.gate_proj(x), self.up_proj(x))
     if self.training and gate.is_cpu and gate.dtype == up.dtype:
         return self.down_proj(operations.swiglu(gate, up))
     return self.down_proj(self.act_fn(gate) * up)
@@ -115,7 +119,10 @@ def _with_rotary(plain: Any) -> Any:
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (rotating if self.training else plain)(self, *args, **kwargs)
+        if not self.training:
+            return plain(self, *args, **kwargs)
+        shares = all(name in self._modules for name in ATTENTION)
+        return rotating(SharedInput(self) if shares else self, *args, **kwargs)
 
     return forward
 

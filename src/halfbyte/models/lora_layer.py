@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from halfbyte.errors import RequestError
-from halfbyte.nn import Linear4bit, lora_linear
+from halfbyte.nn import Linear4bit, LoraWeights, lora_linear
 from halfbyte.tensor import QuantizedTensor, quantize
 
 # peft's initialisations that change the base weight.
@@ -41,23 +41,44 @@ class LoraLinear4bit(LoraLinear):
             result: torch.Tensor = super().forward(x, *args, **kwargs)
             return result
         base: Any = self.base_layer
+        dtype = self._product_dtype(x)
+        y = lora_linear(x if dtype is None else x.to(dtype), *self._weights(), self._dropout())
+        return y if base.compute_dtype is None else y.to(x.dtype)
+
+    def shared(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype, LoraWeights] | None:
+        """What this layer computes from an input that others read too, to be computed with them.
+
+        Returns:
+            The dtypes of the product and of the result, and the weights; or None where it has to be called by itself:
+            it drops elements of the input that are its own, somebody listens to the call, or peft's own forward runs.
+        """
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        self.slower_because = self._why_not_fused((), {})
+        if self.slower_because or hooks or "forward" in vars(self) or self._dropout():
+            return None
+        base: Any = self.base_layer
+        dtype = self._product_dtype(x) or x.dtype
+        return dtype, dtype if base.compute_dtype is None else x.dtype, self._weights()
+
+    def _weights(self) -> LoraWeights:
+        base: Any = self.base_layer
         name = self.active_adapters[0]
         lora_a: Any = self.lora_A[name]
         lora_b: Any = self.lora_B[name]
-        dtype = base.compute_dtype
+        return LoraWeights(base.weight.packed(), base.bias, lora_a.weight, lora_b.weight, self.scaling[name])
+
+    def _dropout(self) -> float:
+        """The probability that is in force."""
+        dropout = self.lora_dropout[self.active_adapters[0]]
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+
+    def _product_dtype(self, x: torch.Tensor) -> torch.dtype | None:
+        """What `x` is cast to before it is multiplied, or None."""
+        base: Any = self.base_layer
+        dtype: torch.dtype | None = base.compute_dtype
         if dtype is None and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        dropout = self.lora_dropout[name]
-        y = lora_linear(
-            x if dtype is None else x.to(dtype),
-            base.weight.packed(),
-            base.bias,
-            lora_a.weight,
-            lora_b.weight,
-            self.scaling[name],
-            dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
-        )
-        return y if base.compute_dtype is None else y.to(x.dtype)
+        return dtype
 
     def _why_not_fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Why peft's own forward has to run, or "" when the fused one gives the same."""

@@ -2,16 +2,18 @@
 
 from halfbyte.nn.cross_entropy import linear_cross_entropy
 from halfbyte.nn.linear import Linear4bit
-from halfbyte.nn.lora import lora_linear
+from halfbyte.nn.lora import LoraWeights, lora_linear, lora_linears
 from halfbyte.nn.replace import Plan, QuantizationReport, make_plan, output_layers, prepare, quantize_model, report
 from halfbyte.nn.rowwise import rms_norm, rotary, swiglu
 
 __all__ = [
     "Linear4bit",
+    "LoraWeights",
     "Plan",
     "QuantizationReport",
     "linear_cross_entropy",
     "lora_linear",
+    "lora_linears",
     "make_plan",
     "output_layers",
     "prepare",

@@ -5,15 +5,37 @@ W, the branch, the scaled branch and their sum. Here the branch is added into th
 backward, and autograd keeps only what the gradients need: the packed weight, which the model holds anyway, the input
 (one tensor, shared by all layers that read it) and A x, which has `rank` columns. With dropout the dropped input takes
 the input's place, and one byte an element says what was dropped.
+
+Layers that read one input (q, k and v; gate and up) are one operation too: their A are stacked, so that x A^T, the
+gradient of A and the branches' gradient of x are one product each, where every layer alone would read x again.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from halfbyte.kernels import PackedWeight
+
+
+class LoraWeights(NamedTuple):
+    """A frozen weight and its adapter.
+
+    Attributes:
+        weight: packed [out, in], frozen.
+        bias: [out] or None, any floating dtype.
+        a: [rank, in], any floating dtype (float32 masters).
+        b: [out, rank], likewise.
+        scaling: lora_alpha / rank, usually.
+    """
+
+    weight: PackedWeight
+    bias: torch.Tensor | None
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
 
 
 def lora_linear(
@@ -27,11 +49,13 @@ def lora_linear(
 ) -> torch.Tensor:
     """y = W x + bias + scaling * B A drop(x), differentiable in x, bias, A and B.
 
+    Where no gradient is asked for, it is one call of `halfbyte::linear_lora`.
+
     Args:
         x: [..., in], the dtype of the computation.
         weight: packed [out, in], frozen.
         bias: [out] or None, any floating dtype.
-        a: [rank, in], any floating dtype (float32 masters); cast to `x`'s for the products.
+        a: [rank, in], any floating dtype (float32 masters); cast to `x`'s for products of many rows or with gradients.
         b: [out, rank], likewise.
         scaling: lora_alpha / rank, usually.
         dropout: probability that an element of the branch's input is dropped; 0 outside training.
@@ -41,55 +65,106 @@ def lora_linear(
 
     Source: LoRA, arXiv 2106.09685, section 4.1.
     """
-    # native_dropout keeps a mask of one byte an element; nn.functional.dropout keeps one of the input's dtype on a CPU.
-    dropped = torch.native_dropout(x, dropout, True)[0] if dropout > 0 else x
-    result: torch.Tensor = _LoraLinear.apply(x, dropped, bias, a, b, scaling, weight)
+    inputs = (x, bias, a, b)
+    if dropout > 0:
+        # native_dropout keeps a mask of one byte an element; nn.functional.dropout keeps one of the input's dtype on a
+        # CPU.
+        dropped = torch.native_dropout(x, dropout, True)[0]
+    elif torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs):
+        dropped = x
+    else:
+        rows = [x.shape[:-1].numel()]
+        cast_bias = None if bias is None else bias.to(x.dtype)
+        y: torch.Tensor = torch.ops.halfbyte.linear_lora(*weight, b.shape[0], x, cast_bias, [a], [b], [scaling], rows)
+        return y
+    result: torch.Tensor = _LoraLinears.apply(x, dropped, (scaling,), (weight,), bias, a, b)[0]
     return result
 
 
-class _LoraLinear(torch.autograd.Function):
-    """`x` goes through W and `dropped` through the branch; without dropout they are one tensor."""
+def lora_linears(x: torch.Tensor, layers: Sequence[LoraWeights]) -> tuple[torch.Tensor, ...]:
+    """`lora_linear` of one input by several layers, without dropout (where each layer draws a mask of its own).
+
+    Args:
+        x: [..., in], the dtype of the computation.
+        layers: one or more; ranks, scalings and dtypes may differ.
+
+    Returns:
+        For each layer [..., out], `x`'s dtype.
+    """
+    tensors = [tensor for layer in layers for tensor in (layer.bias, layer.a, layer.b)]
+    scalings, weights = tuple(layer.scaling for layer in layers), tuple(layer.weight for layer in layers)
+    results: tuple[torch.Tensor, ...] = _LoraLinears.apply(x, x, scalings, weights, *tensors)
+    return results
+
+
+_PER_LAYER = 3  # bias, A, B
+_INNER = 4  # tensors of a packed weight
+
+
+class _LoraLinears(torch.autograd.Function):
+    """`x` goes through each W and `dropped` through each branch; without dropout they are one tensor."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
         dropped: torch.Tensor,
-        bias: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-        weight: PackedWeight,
-    ) -> torch.Tensor:
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        out_features = b.shape[0]
-        cast_bias = None if bias is None else bias.to(x.dtype)
-        y: torch.Tensor = torch.ops.halfbyte.linear(*weight, out_features, x, cast_bias)
-        branch = dropped.reshape(-1, x.shape[-1]) @ a.t()
-        y.view(-1, out_features).addmm_(branch, b.t(), alpha=scaling)
-        ctx.save_for_backward(dropped, branch, a, b, *weight[:4])
-        ctx.description, ctx.scaling, ctx.same = weight[4:], scaling, dropped is x
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        scalings: tuple[float, ...],
+        weights: tuple[PackedWeight, ...],
+        *tensors: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        cast = [None if tensor is None else tensor.to(x.dtype) for tensor in tensors]
+        biases, every_a, every_b = (cast[at::_PER_LAYER] for at in range(_PER_LAYER))
+        a = every_a[0] if len(every_a) == 1 else torch.cat(every_a)
+        branches = dropped.reshape(-1, x.shape[-1]) @ a.t()
+        results = []
+        for weight, bias, b, branch, scaling in zip(
+            weights, biases, every_b, branches.split([len(one) for one in every_a], 1), scalings, strict=True
+        ):
+            y = torch.ops.halfbyte.linear(*weight, b.shape[0], x, bias)
+            y.view(-1, b.shape[0]).addmm_(branch, b.t(), alpha=scaling)
+            results.append(y)
+        ctx.save_for_backward(dropped, branches, a, *every_b, *(one for weight in weights for one in weight[:_INNER]))
+        ctx.descriptions, ctx.scalings = [weight[_INNER:] for weight in weights], scalings
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in tensors[::_PER_LAYER]]
+        ctx.same = dropped is x
+        ctx.set_materialize_grads(False)
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dropped, branch, a, b, *inner = ctx.saved_tensors
-        in_features, rows = a.shape[1], grad.reshape(-1, b.shape[0])
-        need_x, need_dropped, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        grad_branch = rows @ b
-        grad_x = grad_dropped = grad_bias = grad_a = grad_b = None
-        if need_a:
-            grad_a = (grad_branch.t() @ dropped.reshape(-1, in_features)).mul_(ctx.scaling)
-        if need_b:
-            grad_b = (rows.t() @ branch).mul_(ctx.scaling)
-        if need_bias:
-            grad_bias = rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(ctx.bias_dtype)
-        if need_x:
-            weight = PackedWeight(*inner, *ctx.description)
-            grad_x = torch.ops.halfbyte.linear_grad_input(*weight, in_features, grad)
-            if ctx.same:
-                grad_x.view(-1, in_features).addmm_(grad_branch, a, alpha=ctx.scaling)
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        count = len(ctx.scalings)
+        dropped, branches, a, *rest = ctx.saved_tensors
+        every_b, inner = rest[:count], rest[count:]
+        ranks, in_features = [b.shape[1] for b in every_b], a.shape[1]
+        need_x, need_dropped, _, _, *need = ctx.needs_input_grad
+        of_tensors: list[torch.Tensor | None] = [None] * (count * _PER_LAYER)
+        # scaling * g B, side by side: what the branches' gradients of A and of x are made of.
+        grad_branches = torch.empty_like(branches)
+        grad_x = grad_dropped = None
+        for i, (grad, part, branch) in enumerate(
+            zip(grads, grad_branches.split(ranks, 1), branches.split(ranks, 1), strict=True)
+        ):
+            if grad is None:
+                part.zero_()
+                continue
+            rows, b, at = grad.reshape(-1, every_b[i].shape[0]), every_b[i], i * _PER_LAYER
+            part.addmm_(rows, b, beta=0, alpha=ctx.scalings[i])
+            if need[at]:
+                total = rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+                of_tensors[at] = total.to(ctx.bias_dtypes[i])
+            if need[at + 2]:
+                of_tensors[at + 2] = (rows.t() @ branch).mul_(ctx.scalings[i])
+            if need_x:
+                weight = PackedWeight(*inner[i * _INNER : (i + 1) * _INNER], *ctx.descriptions[i])
+                through = torch.ops.halfbyte.linear_grad_input(*weight, in_features, grad)
+                grad_x = through if grad_x is None else grad_x.add_(through)
+        if any(need[1::_PER_LAYER]):
+            grad_a = grad_branches.t() @ dropped.reshape(-1, in_features)
+            for i, one in enumerate(grad_a.split(ranks)):
+                of_tensors[i * _PER_LAYER + 1] = one if need[i * _PER_LAYER + 1] else None
+        if grad_x is not None and ctx.same:
+            grad_x.view(-1, in_features).addmm_(grad_branches, a)
         if need_dropped and not ctx.same:
-            grad_dropped = (grad_branch @ a).mul_(ctx.scaling).view(dropped.shape)
-        return grad_x, grad_dropped, grad_bias, grad_a, grad_b, None, None
+            grad_dropped = (grad_branches @ a).view(dropped.shape)
+        return grad_x, grad_dropped, None, None, *of_tensors

@@ -34,7 +34,7 @@ _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}  # enum hb_dtype, and HB_INT8
 
 
-class _Lora(ctypes.Structure):
+class _Branch(ctypes.Structure):
     _fields_ = (("a", _P), ("b_transposed", _P), ("rank", _L), ("dtype", _I))
 
 
@@ -43,7 +43,7 @@ class _Matrix(ctypes.Structure):
         ("packed", ctypes.POINTER(Weight)),
         ("dense", _P),
         ("bias", _P),
-        ("loras", ctypes.POINTER(_Lora)),
+        ("branches", ctypes.POINTER(_Branch)),
         ("n", _L),
         ("k", _L),
         ("dense_dtype", _I),
@@ -215,15 +215,14 @@ class NativeDecoder:
         for number, layer in enumerate(self._layers):
             for name in MATRICES:
                 matrix = getattr(layer, name)
-                loras = (_Lora * max(len(adapters), 1))()
+                array = (_Branch * max(len(adapters), 1))()
                 for index, branches in enumerate(adapters):
                     branch = branches.get((number, name))
                     if branch is not None:
-                        loras[index] = _lora(branch.a, branch.b_transposed, matrix.n, matrix.k)
+                        array[index] = _branch(branch.a, branch.b_transposed, matrix.n, matrix.k)
                         keep += branch
-                touched = any(lora.rank for lora in loras)
-                matrix.loras = loras if touched else None
-                keep.append(loras)
+                matrix.branches = array if any(branch.rank for branch in array) else None
+                keep.append(array)
         self._keep_adapters, self._adapters = keep, len(adapters)
 
     def step(
@@ -276,10 +275,10 @@ class NativeDecoder:
         return out
 
 
-def _lora(a: torch.Tensor, b_transposed: torch.Tensor, n: int, k: int) -> _Lora:
+def _branch(a: torch.Tensor, b_transposed: torch.Tensor, n: int, k: int) -> _Branch:
     rank, dtype = a.shape[0], a.dtype
     fits = a.shape == (rank, k) and b_transposed.shape == (rank, n) and b_transposed.dtype == dtype
     ready = all(tensor.is_cpu and tensor.is_contiguous() for tensor in (a, b_transposed))
     if not fits or not ready or dtype not in (torch.float32, torch.bfloat16):
         raise ShapeError(f"adapter matrices {dtype} {tuple(a.shape)}, {tuple(b_transposed.shape)} do not fit {n} x {k}")
-    return _Lora(a.data_ptr(), b_transposed.data_ptr(), rank, _DTYPES[dtype])
+    return _Branch(a.data_ptr(), b_transposed.data_ptr(), rank, _DTYPES[dtype])

@@ -43,6 +43,22 @@ class Weight(ctypes.Structure):
     )
 
 
+class Lora(ctypes.Structure):
+    """`hb_lora` of csrc/halfbyte.h."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("scaling", ctypes.c_float),
+    )
+
+
+FEW_ROWS = 32  # HB_FEW_ROWS
+
 _P, _I, _L, _W = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.POINTER(Weight)
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_abi": (_I, ()),
@@ -55,6 +71,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_dequantize": (None, (_I, _W, _L, _L, _L, _L, _L, _I, _P)),
     "hb_dequantize_rows": (None, (_I, _W, _L, _P, _L, _I, _P)),
     "hb_linear": (_I, (_I, _W, _L, _L, _P, _L, _I, _P, _P)),
+    "hb_linear_lora": (_I, (_I, _W, _L, _L, _P, _L, _I, _P, ctypes.POINTER(Lora), _L, _P)),
     "hb_linear_grad_input": (_I, (_I, _W, _L, _L, _P, _L, _I, _P)),
     "hb_cross_entropy": (None, (_I, _P, _I, _L, _L, _P, _I, _P)),
     "hb_rms_norm": (None, (_I, _P, _P, _I, _L, _L, ctypes.c_float, _P, _P)),

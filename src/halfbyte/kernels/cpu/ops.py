@@ -25,8 +25,9 @@ from halfbyte.errors import FormatError, ShapeError
 from halfbyte.formats import BLOCK_SIZES, CODEBOOKS, FORMATS, SCALE_BLOCK, double_quant, get_codebook
 from halfbyte.formats.packing import packed_size
 from halfbyte.kernels import reference
-from halfbyte.kernels.cpu.library import Native, Weight
+from halfbyte.kernels.cpu.library import FEW_ROWS, Lora, Native, Weight
 from halfbyte.kernels.cpu.rowwise import RowwiseOps
+from halfbyte.kernels.reference.linear import add_branches, check_adapters
 from halfbyte.kernels.schema import PackedWeight
 from halfbyte.kernels.tuning import TUNING
 
@@ -44,6 +45,7 @@ class Ops(RowwiseOps):
         self._quantize, self._quantize_scales = functions["hb_quantize"], functions["hb_quantize_scales"]
         self._dequantize, self._dequantize_rows = functions["hb_dequantize"], functions["hb_dequantize_rows"]
         self._linear, self._grad_input = functions["hb_linear"], functions["hb_linear_grad_input"]
+        self._linear_lora = functions["hb_linear_lora"]
         self._panels = threading.local()
 
     def table(self) -> dict[str, Callable[..., Any]]:
@@ -132,8 +134,7 @@ class Ops(RowwiseOps):
         if number is None or not count or not n:
             return reference.OPS["linear"](*args)
         _check_on_cpu(x)
-        if bias is not None and (bias.dtype != dtype or bias.shape != (n,) or not bias.is_cpu):
-            raise ShapeError(f"the bias is {bias.dtype} {tuple(bias.shape)}, the product needs {dtype} ({n},)")
+        _check_bias(bias, n, dtype)
         weight, keep = packed_weight(args, n * k)
         rows = count // k
         tuning = TUNING[self.native.isa]
@@ -148,6 +149,48 @@ class Ops(RowwiseOps):
         at_bias = None if bias is None else bias.data_ptr()
         failed = self._linear(
             torch.get_num_threads(), weight, n, k, x.data_ptr(), rows, number, at_bias, out.data_ptr()
+        )
+        del keep
+        return _checked(out, failed)
+
+    def linear_lora(self, *args: Any) -> torch.Tensor:
+        """`halfbyte::linear_lora`: packed, out_features, x [..., K], bias, then A, B, scaling and rows of each adapter.
+
+        A few rows are one call of the library, which multiplies A and B as they are; where torch multiplies them they
+        are rounded to `x`'s dtype first.
+        """
+        n, x, bias, a, b, scaling, rows = args[9:]
+        check_adapters(x, n, a, b, scaling, rows)
+        dtype, shape = x.dtype, x.shape
+        number, k = _DTYPES.get(dtype), shape[-1]
+        batch = shape[:-1].numel()
+        tuning = TUNING[self.native.isa]
+        most = min(tuning.linear_rows if number == 1 else tuning.linear_rows_float, FEW_ROWS)
+        few = number is not None and n and k and 0 < batch <= most and not k % _GROUP and _whole_rows(args, k)
+        if not few or any(A.dtype != B.dtype or A.dtype not in _DTYPES for A, B in zip(a, b, strict=True)):
+            return add_branches(self.linear(*args[:12]), x, a, b, scaling, rows)
+        _check_on_cpu(x)
+        _check_bias(bias, n, dtype)
+        weight, keep = packed_weight(args, n * k)
+        x, a, b = _ready(x), [_ready(one) for one in a], [_ready(one) for one in b]
+        out = torch.empty((*shape[:-1], n), dtype=dtype)
+        bias = None if bias is None else _ready(bias)
+        adapters, first = (Lora * len(a))(), 0
+        for i, one in enumerate(a):
+            adapters[i] = (one.data_ptr(), b[i].data_ptr(), len(one), first, rows[i], _DTYPES[one.dtype], scaling[i])
+            first += rows[i]
+        failed = self._linear_lora(
+            torch.get_num_threads(),
+            weight,
+            n,
+            k,
+            x.data_ptr(),
+            batch,
+            number,
+            None if bias is None else bias.data_ptr(),
+            adapters,
+            len(a),
+            out.data_ptr(),
         )
         del keep
         return _checked(out, failed)
@@ -292,6 +335,11 @@ def _ready(tensor: torch.Tensor) -> torch.Tensor:
 def _check_on_cpu(tensor: torch.Tensor) -> None:
     if not tensor.is_cpu:
         raise ShapeError(f"a tensor on {tensor.device} cannot go to the native kernels, which run on the CPU")
+
+
+def _check_bias(bias: torch.Tensor | None, n: int, dtype: torch.dtype) -> None:
+    if bias is not None and (bias.dtype != dtype or bias.shape != (n,) or not bias.is_cpu):
+        raise ShapeError(f"the bias is {bias.dtype} {tuple(bias.shape)}, the product needs {dtype} ({n},)")
 
 
 def _whole_rows(args: tuple[Any, ...], k: int) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from halfbyte.kernels.reference.dequantize import dequantize, dequantize_rows
-from halfbyte.kernels.reference.linear import linear, linear_grad_input
+from halfbyte.kernels.reference.linear import linear, linear_grad_input, linear_lora
 from halfbyte.kernels.reference.quantize import quantize, quantize_scales
 from halfbyte.kernels.reference.rowwise import cross_entropy_, rms_norm, rms_norm_grad, rotary, swiglu, swiglu_grad
 
@@ -14,6 +14,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "dequantize": dequantize,
     "dequantize_rows": dequantize_rows,
     "linear": linear,
+    "linear_lora": linear_lora,
     "linear_grad_input": linear_grad_input,
     "cross_entropy_": cross_entropy_,
     "rms_norm": rms_norm,
