@@ -20,16 +20,16 @@ namespace halfbyte {
 namespace {
 
 const Kernels kGeneric = {dequantize_generic, quantize_generic, adamw_generic,     &rowwise_generic,
-                          &lora_generic,      linear_generic,   grad_input_generic};
+                          &lora_generic, &decoder_generic,      linear_generic,   grad_input_generic};
 #ifdef HB_X86
 const Kernels kAvx2 = {dequantize_avx2, quantize_avx2, adamw_avx2,     &rowwise_avx2,
-                       &lora_avx2,      linear_avx2,   grad_input_avx2};
+                       &lora_avx2, &decoder_avx2,      linear_avx2,   grad_input_avx2};
 const Kernels kAvx512 = {dequantize_avx512, quantize_avx512, adamw_avx512,     &rowwise_avx512,
-                         &lora_avx512,      linear_avx512,   grad_input_avx512};
+                         &lora_avx512, &decoder_avx512,      linear_avx512,   grad_input_avx512};
 // Only products gain from bf16 instructions; the rest is AVX512's.
 const Kernels kAvx512Bf16 = {dequantize_avx512, quantize_avx512,   adamw_avx512,     &rowwise_avx512,
-                             &lora_avx512,      linear_avx512bf16, grad_input_avx512};
-const Kernels kAmx = {dequantize_avx512, quantize_avx512, adamw_avx512,     &rowwise_avx512,     &lora_avx512,
+                             &lora_avx512, &decoder_avx512,      linear_avx512bf16, grad_input_avx512};
+const Kernels kAmx = {dequantize_avx512, quantize_avx512, adamw_avx512,     &rowwise_avx512,     &lora_avx512, &decoder_avx512,
                       linear_amx,        grad_input_amx,  &linear_gemm_amx, &grad_input_gemm_amx};
 
 // AMX needs the operating system twice: it must save the tiles (XCR0 bits 17 and 18), and Linux lends them only to a
@@ -47,9 +47,9 @@ bool amx_granted() {
 #endif
 #ifdef HB_ARM64
 const Kernels kNeon = {dequantize_neon, quantize_neon, adamw_generic,  &rowwise_generic,
-                       &lora_generic,   linear_neon,   grad_input_neon};
+                       &lora_generic, &decoder_generic,   linear_neon,   grad_input_neon};
 const Kernels kNeonBf16 = {dequantize_neon, quantize_neon,   adamw_generic,  &rowwise_generic,
-                           &lora_generic,   linear_neonbf16, grad_input_neon};
+                           &lora_generic, &decoder_generic,   linear_neonbf16, grad_input_neon};
 
 bool has_bf16() {
 #if defined(__linux__)

@@ -150,6 +150,71 @@ HB_API int hb_adamw(int threads, const hb_adamw_tensor *tensors, int64_t count, 
 // The sum of squares of each gradient, not finite exactly where the gradient is not -> sums [count]. Returns as hb_adamw.
 HB_API int hb_adamw_norms(int threads, const hb_adamw_tensor *tensors, int64_t count, double *sums);
 
+// A decoder of the Llama family, one token of each sequence at a time. All arithmetic between the products is float32.
+
+// An adapter's branch of a matrix: out += weight x A^T B^T, A [rank, k], B transposed [rank, n], both of `dtype`
+// (float32 or bfloat16). rank 0 where the adapter leaves the matrix alone.
+typedef struct hb_branch {
+    const void *a, *b_transposed;
+    int64_t rank;
+    int32_t dtype;
+} hb_branch;
+
+// W [n, k], packed under the conditions of hb_linear, or dense.
+typedef struct hb_matrix {
+    const hb_weight *packed;  // or null, and then
+    const void *dense;        // float32 or bfloat16
+    const float *bias;        // [n], or null
+    const hb_branch *branches;     // [adapters], or null
+    int64_t n, k;
+    int32_t dense_dtype;
+} hb_matrix;
+
+typedef struct hb_layer {
+    hb_matrix query, key, value, output, gate, up, down;
+    const float *attention_norm, *mlp_norm;  // [hidden]
+    const float *query_norm, *key_norm;      // [head_dim], or null
+    int64_t window;                          // the last positions that a token sees, its own included; 0: all
+} hb_layer;
+
+enum hb_activation { HB_SILU = 0, HB_GELU_TANH = 1 };
+
+// What the cache holds: enum hb_dtype without float16, or this, with a scale for each head and position.
+enum { HB_INT8 = 3 };
+
+typedef struct hb_decoder {
+    const hb_layer *layers;
+    const float *final_norm;     // [hidden]
+    const float *cosine, *sine;  // [positions, head_dim]
+    hb_matrix head;              // [vocabulary, hidden]
+    int64_t layer_count, hidden, ffn, heads, kv_heads, head_dim;
+    // Keys [layers, slots, kv_heads, positions / 16, head_dim, 16]: 16 positions side by side, so that a product with
+    // them needs no sum across a register. Values [layers, slots, kv_heads, positions, head_dim].
+    void *keys, *values;
+    float *key_scales, *value_scales;  // [layers, slots, kv_heads, positions], or null
+    int64_t slots, positions;          // positions: a multiple of 16
+    float eps, attention_scale;
+    int32_t cache_dtype, activation;
+    int32_t prefetch;  // ask for the next layer's pages while this one computes: for weights that are mapped from a file
+} hb_decoder;
+
+// Tokens to decode together, at most HB_STEP_ROWS. Several may be of one slot, at different positions.
+enum { HB_STEP_ROWS = 128 };
+typedef struct hb_step {
+    float *hidden;               // [rows, hidden]: embeddings in, the last layer's output out
+    float *logits;               // [rows, vocabulary], or null
+    const int64_t *slot;         // [rows]
+    const int64_t *position;     // [rows]
+    const int64_t *mix;          // [rows + 1]: row r has the adapters [mix[r], mix[r + 1]) of the next two, or null
+    const int64_t *adapter;
+    const float *weight;
+    int64_t rows;
+    int32_t dtype;               // of the activations that enter a packed product: float32 or bfloat16
+} hb_step;
+
+// Returns 0, or 1 when there was no memory.
+HB_API int hb_decode(int threads, const hb_decoder *decoder, const hb_step *step);
+
 #ifdef __cplusplus
 }
 #endif

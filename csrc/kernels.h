@@ -95,12 +95,36 @@ struct Rowwise {
     RowwiseOf of[3];  // by enum hb_dtype
 };
 
+// Where one token's heads that share a key head stand.
+struct HeadAt {
+    const hb_decoder &decoder;
+    const hb_layer &layer;
+    int64_t number, slot, position, head;  // the layer's number; `head`: of the keys
+};
+
+// What a decoder computes between its products, in float32; see decoder_ops.h.
+struct DecoderOps {
+    void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *y);
+    void (*round)(const float *x, int64_t n, uint16_t *bf16);
+    void (*widen)(const uint16_t *bf16, int64_t n, float *out);
+    // out[row, first .. last) = x W^T, out [rows, n].
+    void (*dense)(const hb_matrix &w, const float *x, int64_t rows, int64_t first, int64_t last, float *out);
+    void (*branch_down)(const hb_branch &branch, int64_t k, const float *x, float weight, float *t);
+    void (*branch_up)(const hb_branch &branch, int64_t n, const float *t, int64_t first, int64_t last, float *out);
+    void (*add)(const float *x, int64_t n, float *out);
+    void (*gate)(int activation, const float *gate, const float *up, int64_t n, float *out);
+    // Normalizes and rotates one key head with its queries [group, head_dim], scales the queries, and stores key and value.
+    void (*enter)(const HeadAt &at, float *queries, float *key, const float *value);
+    void (*attend)(const HeadAt &at, const float *queries, float *out);
+};
+
 struct Kernels {
     Dequantize dequantize;
     Quantize quantize;
     AdamW adamw;
     const Rowwise *rowwise;
     const Lora *lora;
+    const DecoderOps *decoder;
     Linear linear;
     GradInput grad_input;
     const Gemm *linear_gemm = nullptr;  // where the set has one
@@ -116,6 +140,7 @@ extern const GradInput grad_input_generic;
 extern const Linear linear_generic;
 extern const Lora lora_generic;
 extern const Rowwise rowwise_generic;
+extern const DecoderOps decoder_generic;
 
 #ifdef HB_X86
 void dequantize_avx2(const hb_weight &, int64_t, int64_t, int, void *);
@@ -124,6 +149,7 @@ extern const GradInput grad_input_avx2;
 extern const Linear linear_avx2;
 extern const Lora lora_avx2;
 extern const Rowwise rowwise_avx2;
+extern const DecoderOps decoder_avx2;
 
 void dequantize_avx512(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_avx512(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
@@ -131,6 +157,7 @@ extern const GradInput grad_input_avx512;
 extern const Linear linear_avx512;
 extern const Lora lora_avx512;
 extern const Rowwise rowwise_avx512;
+extern const DecoderOps decoder_avx512;
 extern const Linear linear_avx512bf16;
 extern const Linear linear_few_amx;
 extern const Linear linear_amx;

@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <algorithm>
+#include <thread>
 
 #include "halfbyte.h"
 
@@ -38,6 +39,23 @@ void run_parallel(int threads, int64_t count, int64_t grain, Range range, void *
         region(take_pieces, &work, unsigned(wanted), 0);
     } else {
         take_pieces(&work);
+    }
+}
+
+// A piece takes microseconds, so waiting is spinning; but where the machine has other work than ours, the thread that is
+// waited for may not be running, and needs this one's core.
+void Crew::wait(const std::atomic<int64_t> &done, int64_t count) {
+    constexpr int kSpins = 4096;
+    for (int spins = 0; done.load(std::memory_order_acquire) < count; ++spins) {
+        if (spins < kSpins) {
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#elif defined(__aarch64__)
+            __asm__ volatile("yield");
+#endif
+        } else {
+            std::this_thread::yield();
+        }
     }
 }
 

@@ -12,26 +12,6 @@
 namespace halfbyte {
 namespace {
 
-// e^x to 2 units in the last place for x in [-87.3, 88.3]; beyond, the value at that end. NaN stays NaN.
-// x = n ln 2 + r, |r| <= ln 2 / 2, and e^r by the polynomial of Cephes' expf.
-HB_INLINE Floats exponential(Floats x) {
-    const Floats low = all(-87.3f), high = all(88.3f);
-    x = choose(x < low, low, choose(x > high, high, x));
-    const float round = 12582912.0f;  // 1.5 * 2^23: adding and taking it away leaves the nearest integer
-    const Floats n = (x * 1.44269504f + round) - round;
-    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = (p * r) * r + r + 1.0f;
-    // In float first, so that NaN is never converted to an integer.
-    const Ints exponent = __builtin_convertvector(choose(n == n, n, Floats{}), Ints) + 127;
-    return p * (Floats)(exponent << 23);
-}
-
 // A row's log-sum-exp is max + log(sum e^(x - max)); sums of kBlock vectors are float32, their total is float64.
 template <class T>
 void cross_entropy(void *data, int64_t first, int64_t last, int64_t vocabulary, const int64_t *labels, bool gradient,

@@ -16,6 +16,7 @@ _HOMES = {
     "QuantizationReport": "halfbyte.nn",
     "quantize_model": "halfbyte.nn",
     "distortion": "halfbyte.formats",
+    "Engine": "halfbyte.infer",
     "HalfbyteConfig": "halfbyte.models",
     "init_loftq": "halfbyte.models",
     "load_model": "halfbyte.models",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see what __getattr__ find
     from halfbyte import optim as optim
     from halfbyte.errors import HalfbyteError as HalfbyteError
     from halfbyte.formats import distortion as distortion
+    from halfbyte.infer import Engine as Engine
     from halfbyte.models import HalfbyteConfig as HalfbyteConfig
     from halfbyte.models import init_loftq as init_loftq
     from halfbyte.models import load_model as load_model

@@ -41,6 +41,10 @@ class StoppedError(WorkError):
         self.exit_code = exit_code
 
 
+class BusyError(WorkError):
+    """There is no room for the request now, and there may be later."""
+
+
 class RequestError(HalfbyteError, ValueError):
     """The request was wrong; nothing was changed and nothing is half-written."""
 

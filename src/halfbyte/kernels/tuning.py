@@ -12,6 +12,11 @@ from dataclasses import dataclass
 _ANY = 1 << 62  # rows: this set has a GEMM of its own for bf16, and torch's never takes over
 
 
+# Rows of a decoder step up to which activations enter products in float32 whatever was asked for: so few rows go to the
+# float32 kernel anyway, and rounding them first would only lose digits.
+FLOAT_ROWS = 2
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Where the kernels of one instruction set hand over to torch's GEMM, and how it is fed.

@@ -79,6 +79,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_swiglu": (None, (_I, _P, _P, _I, _L, _P)),
     "hb_swiglu_grad": (None, (_I, _P, _P, _P, _I, _L, _P, _P)),
     "hb_rotary": (None, (_I, _P, _P, _P, _I, _L, _L, _L, _L, _I, _P)),
+    "hb_decode": (_I, (_I, _P, _P)),
     "hb_adamw": (_I, (_I, _P, _L, _P)),
     "hb_adamw_norms": (_I, (_I, _P, _L, _P)),
 }

@@ -28,6 +28,7 @@ from halfbyte.kernels import reference
 from halfbyte.kernels.cpu.library import FEW_ROWS, Lora, Native, Weight
 from halfbyte.kernels.cpu.rowwise import RowwiseOps
 from halfbyte.kernels.reference.linear import add_branches, check_adapters
+from halfbyte.kernels.schema import PackedWeight
 from halfbyte.kernels.tuning import TUNING
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum hb_dtype
@@ -344,6 +345,11 @@ def _check_bias(bias: torch.Tensor | None, n: int, dtype: torch.dtype) -> None:
 def _whole_rows(args: tuple[Any, ...], k: int) -> bool:
     """Whether every row is whole blocks of 4-bit codes and begins with one: what the few-row kernels take."""
     return k % args[5] == 0 and args[7] == 0 and _FORMATS[args[4]][1] == 4
+
+
+def takes_few_rows(weight: PackedWeight, k: int) -> bool:
+    """Whether the few-row products take a packed weight of `k` columns."""
+    return k % _GROUP == 0 and _whole_rows(tuple(weight), k)
 
 
 def _check_block_size(block_size: int) -> None:

@@ -1,0 +1,265 @@
+// One step of a decoder: a token of each row through all layers, in one parallel region.
+//
+// At one row a layer's products take a few hundred microseconds in all, so what lies between them must cost next to
+// nothing: no Python, no region entered and left, no tensor made. The phases of a layer:
+//
+//   norm -> prepare, adapters' A -> query, key, value -> rotate, store -> attend
+//        -> prepare, A -> output, + residual -> norm -> prepare, A -> gate, up, activation -> prepare, A -> down, + residual
+//
+// Products are those of hb_linear, with the same bits; a matrix that they do not take is dense.
+#include <algorithm>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "scratch.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace halfbyte {
+namespace {
+
+constexpr int64_t kColumns = 64;        // outputs that a thread takes at once, as in hb_linear
+constexpr int64_t kPhasesOfLayer = 24;  // at most: 10 and, where members of a group are packed differently, 2 for each more
+constexpr int64_t kMembers = 3;
+
+int64_t pieces_of(int64_t n) { return (n + kColumns - 1) / kColumns; }
+
+bool same_order(const hb_matrix &a, const hb_matrix &b) {  // of prepared activations; see Linear
+    return a.packed && b.packed && a.packed->format == b.packed->format && a.packed->block_size == b.packed->block_size;
+}
+
+// Asks the system to read a matrix's pages from its file, if that is where they are.
+void prefetch(const hb_matrix &m) {
+#ifdef __linux__
+    static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+    const void *const data = m.packed ? m.packed->codes : m.dense;
+    const int64_t bytes = m.packed ? m.n * m.k / 2 : m.n * m.k * (m.dense_dtype == HB_FLOAT32 ? 4 : 2);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(data) & ~(page - 1);
+    madvise(reinterpret_cast<void *>(begin), reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes) - begin, MADV_WILLNEED);
+#else
+    (void)m;
+#endif
+}
+
+class Step {
+  public:
+    Step(const hb_decoder &decoder, const hb_step &step)
+        : d_(decoder), s_(step), ops_(*kernels().decoder), linear_(kernels().linear) {
+        query_ = d_.heads * d_.head_dim, key_ = d_.kv_heads * d_.head_dim;
+        widest_ = std::max({d_.hidden, d_.ffn, query_});
+        entries_ = s_.mix ? s_.mix[s_.rows] : 0;
+        for (int64_t i = 0; i < d_.layer_count; ++i) {
+            const hb_layer &l = d_.layers[i];
+            for (const hb_matrix *m : {&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down}) measure(*m);
+        }
+        measure(d_.head);
+    }
+
+    // All memory of a step in one piece: where each part begins, and how much there is in all.
+    int64_t lay_out(char *memory) {
+        int64_t at = 0;
+        const auto take = [&](auto &pointer, int64_t bytes) {
+            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory ? memory + at : nullptr);
+            at += (bytes + 63) / 64 * 64;
+        };
+        take(phases_, int64_t(sizeof(Crew::Phase)) * (d_.layer_count * kPhasesOfLayer + 4));
+        take(x_, s_.rows * widest_ * 4);
+        take(queries_, s_.rows * query_ * 4);
+        take(keys_, s_.rows * key_ * 4);
+        take(values_, s_.rows * key_ * 4);
+        take(gates_, s_.rows * d_.ffn * 4);
+        take(up_, s_.rows * d_.ffn * 4);
+        take(sums_, s_.rows * d_.hidden * 4);
+        take(rounded_, s_.rows * widest_ * 2);
+        take(products_, s_.dtype == HB_FLOAT32 ? 0 : s_.rows * std::max(widest_, d_.head.n) * kMembers * 2);
+        take(prepared_, prepared_size_);
+        take(middles_, kMembers * entries_ * most_rank_ * 4);
+        return at;
+    }
+
+    int run(int threads) {
+        const Scratch memory(lay_out(nullptr));
+        if (!memory.data()) return 1;
+        lay_out(static_cast<char *>(memory.data()));
+        for (int64_t i = 0; i < d_.layer_count * kPhasesOfLayer + 4; ++i) new (phases_ + i) Crew::Phase;
+        run_crew(threads, phases_, [this](Crew crew) {
+            for (int64_t i = 0; i < d_.layer_count; ++i) layer(crew, i);
+            if (s_.logits) head(crew);
+        });
+        return failed_;
+    }
+
+  private:
+    // A matrix, where its product goes, and what happens to each finished piece of it.
+    struct Member {
+        const hb_matrix &matrix;
+        float *out;
+    };
+
+    auto add_to_hidden(const float *product) {
+        return [this, product](int64_t first, int64_t last) {
+            for (int64_t row = 0; row < s_.rows; ++row) {
+                const int64_t from = row * d_.hidden + first;
+                ops_.add(product + from, last - first, s_.hidden + from);
+            }
+        };
+    }
+
+    void measure(const hb_matrix &m) {
+        if (m.packed) prepared_size_ = std::max(prepared_size_, linear_.scratch_size(*m.packed, s_.rows, m.k));
+        for (int64_t i = 0; m.branches && i < entries_; ++i) most_rank_ = std::max(most_rank_, m.branches[s_.adapter[i]].rank);
+    }
+
+    void layer(Crew &crew, int64_t number) {
+        const hb_layer &l = d_.layers[number];
+        const int64_t heads = s_.rows * d_.kv_heads, group = d_.heads / d_.kv_heads;
+        normalize(crew, l.attention_norm, d_.prefetch && number + 1 < d_.layer_count ? d_.layers + number + 1 : nullptr);
+        multiply<3>(crew, {{l.query, queries_}, {l.key, keys_}, {l.value, values_}}, x_, nothing);
+        const auto at = [&](int64_t piece) {
+            const int64_t row = piece / d_.kv_heads;
+            return HeadAt{d_, l, number, s_.slot[row], s_.position[row], piece % d_.kv_heads};
+        };
+        crew.phase(heads, [&](int64_t i) {
+            ops_.enter(at(i), queries_ + i * group * d_.head_dim, keys_ + i * d_.head_dim, values_ + i * d_.head_dim);
+        });
+        crew.phase(heads, [&](int64_t i) {
+            const int64_t first = i * group * d_.head_dim;
+            ops_.attend(at(i), queries_ + first, x_ + first);
+            if (s_.dtype == HB_BFLOAT16) ops_.round(x_ + first, group * d_.head_dim, rounded_ + first);
+        });
+        multiply<1>(crew, {{l.output, sums_}}, x_, add_to_hidden(sums_));
+        normalize(crew, l.mlp_norm, nullptr);
+        multiply<2>(crew, {{l.gate, gates_}, {l.up, up_}}, x_, [&](int64_t first, int64_t last) {
+            for (int64_t row = 0; row < s_.rows; ++row) {
+                const int64_t from = row * d_.ffn + first;
+                ops_.gate(d_.activation, gates_ + from, up_ + from, last - first, gates_ + from);
+                if (s_.dtype == HB_BFLOAT16) ops_.round(gates_ + from, last - first, rounded_ + from);
+            }
+        });
+        multiply<1>(crew, {{l.down, sums_}}, gates_, add_to_hidden(sums_));
+    }
+
+    void head(Crew &crew) {
+        normalize(crew, d_.final_norm, nullptr);
+        multiply<1>(crew, {{d_.head, s_.logits}}, x_, nothing);
+    }
+
+    static void nothing(int64_t, int64_t) {}
+
+    // x = norm(hidden); meanwhile the next layer's weights are asked for.
+    void normalize(Crew &crew, const float *weight, const hb_layer *next) {
+        crew.phase(s_.rows + (next ? 1 : 0), [&](int64_t row) {
+            if (row == s_.rows) {
+                for (const hb_matrix *m : {&next->query, &next->key, &next->value, &next->output, &next->gate, &next->up,
+                                           &next->down}) {
+                    prefetch(*m);
+                }
+                return;
+            }
+            float *const x = x_ + row * d_.hidden;
+            ops_.rms_norm(s_.hidden + row * d_.hidden, weight, d_.hidden, d_.eps, x);
+            if (s_.dtype == HB_BFLOAT16) ops_.round(x, d_.hidden, rounded_ + row * d_.hidden);
+        });
+    }
+
+    // Products of matrices that share x [rows, k]; then `after(first, last)` for each piece of outputs, which with two
+    // members means the same outputs of both.
+    template <int N, class After>
+    void multiply(Crew &crew, const Member (&members)[N], const float *x, After after) {
+        for (int begin = 0; begin < N;) {
+            int end = begin + 1;
+            while (end < N && (same_order(members[begin].matrix, members[end].matrix) ||
+                               (!members[begin].matrix.packed && !members[end].matrix.packed))) {
+                ++end;
+            }
+            prepare(crew, members + begin, end - begin, x);
+            const bool together = N == 2 && end - begin == N;
+            int64_t total = 0;
+            for (int i = begin; i < end; ++i) total = together ? pieces_of(members[i].matrix.n) : total + pieces_of(members[i].matrix.n);
+            crew.phase(total, [&](int64_t piece) {
+                if (together) {
+                    for (int i = 0; i < N; ++i) finish(members[i], i, x, piece);
+                } else {
+                    int i = begin;
+                    while (piece >= pieces_of(members[i].matrix.n)) piece -= pieces_of(members[i++].matrix.n);
+                    finish(members[i], i - begin, x, piece);
+                }
+                if (together || N != 2) after(piece * kColumns, std::min((piece + 1) * kColumns, members[0].matrix.n));
+            });
+            if (N == 2 && !together && end == N) {
+                crew.phase(pieces_of(members[0].matrix.n), [&](int64_t piece) {
+                    after(piece * kColumns, std::min((piece + 1) * kColumns, members[0].matrix.n));
+                });
+            }
+            begin = end;
+        }
+    }
+
+    // Puts x into the order of the products, and computes x A^T of each row's adapters.
+    void prepare(Crew &crew, const Member *members, int count, const float *x) {
+        const hb_matrix &first = members[0].matrix;
+        const int64_t k = first.k;
+        crew.phase(1 + count * entries_, [&](int64_t piece) {
+            if (piece == 0) {
+                const void *const from = s_.dtype == HB_FLOAT32 ? static_cast<const void *>(x) : rounded_;
+                if (first.packed) linear_.prepare(*first.packed, from, s_.dtype, s_.rows, k, prepared_);
+                return;
+            }
+            const int64_t member = (piece - 1) / entries_, entry = (piece - 1) % entries_;
+            const hb_matrix &m = members[member].matrix;
+            if (!m.branches) return;
+            const hb_branch &branch = m.branches[s_.adapter[entry]];
+            const int64_t row = std::upper_bound(s_.mix, s_.mix + s_.rows, entry) - s_.mix - 1;
+            ops_.branch_down(branch, k, x + row * k, s_.weight[entry], middle(member, entry));
+        });
+    }
+
+    float *middle(int64_t member, int64_t entry) { return middles_ + (member * entries_ + entry) * most_rank_; }
+
+    // A piece of one product, with its bias and its adapters.
+    void finish(const Member &member, int64_t number, const float *x, int64_t piece) {
+        const hb_matrix &m = member.matrix;
+        const int64_t first = piece * kColumns, last = std::min(first + kColumns, m.n);
+        if (!m.packed) {
+            ops_.dense(m, x, s_.rows, first, last, member.out);
+        } else if (s_.dtype == HB_FLOAT32) {
+            if (!linear_.run(*m.packed, m.n, m.k, prepared_, s_.rows, s_.dtype, nullptr, member.out, first, last)) failed_ = 1;
+        } else {
+            uint16_t *const to = products_ + number * s_.rows * std::max(widest_, d_.head.n);
+            if (!linear_.run(*m.packed, m.n, m.k, prepared_, s_.rows, s_.dtype, nullptr, to, first, last)) failed_ = 1;
+            for (int64_t row = 0; row < s_.rows; ++row) {
+                ops_.widen(to + row * m.n + first, last - first, member.out + row * m.n + first);
+            }
+        }
+        for (int64_t row = 0; row < s_.rows; ++row) {
+            float *const out = member.out + row * m.n;
+            if (m.bias) ops_.add(m.bias + first, last - first, out + first);
+            if (!m.branches || !s_.mix) continue;
+            for (int64_t entry = s_.mix[row]; entry < s_.mix[row + 1]; ++entry) {
+                const hb_branch &branch = m.branches[s_.adapter[entry]];
+                if (branch.rank) ops_.branch_up(branch, m.n, middle(number, entry), first, last, out);
+            }
+        }
+    }
+
+    const hb_decoder &d_;
+    const hb_step &s_;
+    const DecoderOps &ops_;
+    const Linear &linear_;
+    int64_t query_, key_, widest_, entries_, prepared_size_ = 0, most_rank_ = 0;
+    Crew::Phase *phases_;
+    float *x_, *queries_, *keys_, *values_, *gates_, *up_, *sums_, *middles_;
+    uint16_t *rounded_, *products_;
+    void *prepared_;
+    std::atomic<int> failed_{0};
+};
+
+}  // namespace
+}  // namespace halfbyte
+
+int hb_decode(int threads, const hb_decoder *decoder, const hb_step *step) {
+    return halfbyte::Step(*decoder, *step).run(threads);
+}

@@ -1,0 +1,75 @@
+"""Any causal language model of transformers behind the decoder's interface: what runs models that are not covered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from halfbyte.errors import RequestError
+from halfbyte.kernels.decoder import Mix
+
+
+class TransformersDecoder:
+    """Runs a model's own forward, one sequence at a time, with a cache of transformers for each slot.
+
+    Args:
+        model: a causal language model, on any device; with peft's adapters, named as `names` says.
+        slots: sequences at a time.
+    """
+
+    def __init__(self, model: Any, slots: int) -> None:
+        self.model = model
+        self.names: list[str] = []
+        self._caches: list[Any] = [None] * slots
+        self._lengths = [0] * slots
+
+    def step(
+        self,
+        tokens: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        mixes: Sequence[Mix] | None = None,
+        logits: bool = True,
+    ) -> torch.Tensor | None:
+        """See `Decoder.step`. Positions of a slot follow each other; 0 begins a new sequence.
+
+        Raises:
+            RequestError: a mix of several adapters, or one that is weighted.
+        """
+        found = []
+        for slot, group in groupby(range(len(tokens)), key=lambda row: slots[row]):
+            rows = list(group)
+            self._use(mixes[rows[0]] if mixes is not None else ())
+            found.append(self._run([tokens[row] for row in rows], slot, positions[rows[0]], logits))
+        return torch.cat(found) if logits else None
+
+    def _run(self, tokens: list[int], slot: int, position: int, logits: bool) -> torch.Tensor:
+        from transformers import DynamicCache
+
+        if position == 0:
+            self._caches[slot], self._lengths[slot] = DynamicCache(config=self.model.config), 0
+        assert position == self._lengths[slot], "a slot's positions follow each other"
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=torch.tensor([tokens], device=self.model.device),
+                past_key_values=self._caches[slot],
+                use_cache=True,
+                logits_to_keep=len(tokens) if logits else 1,
+            )
+        self._lengths[slot] += len(tokens)
+        result: torch.Tensor = output.logits[0].float().cpu()
+        return result
+
+    def _use(self, mix: Mix) -> None:
+        if not self.names:
+            return
+        if len(mix) > 1 or any(weight != 1.0 for _, weight in mix):
+            raise RequestError("this model takes one adapter at a time, unweighted; name one.")
+        if mix:
+            self.model.base_model.enable_adapter_layers()
+            self.model.set_adapter(self.names[mix[0][0]])
+        else:
+            self.model.base_model.disable_adapter_layers()

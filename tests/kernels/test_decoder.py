@@ -1,0 +1,251 @@
+"""The decoder step: torch operations against transformers' way of writing them, native kernels against both."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import halfbyte as hb
+from halfbyte.errors import ShapeError
+from halfbyte.kernels import cpu
+from halfbyte.kernels.cpu.decoder import NativeDecoder
+from halfbyte.kernels.cpu.library import Native
+from halfbyte.kernels.decoder import STEP_ROWS, Branch, Cache, Layer, Matrix, Network
+from halfbyte.kernels.reference.decoder import TorchDecoder
+
+NATIVE = cpu.native_library()
+pytestmark = pytest.mark.skipif(not isinstance(NATIVE, Native), reason="there is no native library")
+VOCABULARY = 97
+SHAPES = {  # hidden, ffn, heads, kv_heads, head_dim
+    "one head of keys for all": (64, 128, 4, 1, 16),
+    "as many": (128, 64, 3, 3, 32),
+    "groups of two": (64, 192, 4, 2, 20),
+    "groups of seven": (128, 320, 7, 1, 24),
+    "ffn below hidden": (192, 64, 6, 2, 64),
+    "groups of eight": (64, 128, 16, 2, 8),
+}
+
+
+@pytest.fixture(params=NATIVE.isas() if isinstance(NATIVE, Native) else ())
+def isa(request):
+    """Each instruction set of this CPU in turn."""
+    before = NATIVE.isa
+    NATIVE.use(request.param)
+    yield request.param
+    NATIVE.use(before)
+
+
+def matrix(n, k, packed=True, bias=False, block_size=64):
+    weight = torch.randn(n, k) / k**0.5
+    quantized = hb.quantize(weight, block_size=block_size).packed() if packed else weight
+    return Matrix(quantized, n, k, torch.randn(n) if bias else None)
+
+
+def network(shape, *, layers=2, positions=160, window=0, norms=False, bias=False, packed=True, activation="silu"):
+    hidden, ffn, heads, kv_heads, dim = SHAPES[shape]
+    angles = torch.randn(positions, dim // 2).repeat(1, 2)
+
+    def layer(number):
+        shapes = {
+            "query": (heads * dim, hidden),
+            "key": (kv_heads * dim, hidden),
+            "value": (kv_heads * dim, hidden),
+            "output": (hidden, heads * dim),
+            "gate": (ffn, hidden),
+            "up": (ffn, hidden),
+            "down": (hidden, ffn),
+        }
+        return Layer(
+            # What the few-row products do not take is dense, and members of a group may differ in how they are packed.
+            {
+                name: matrix(n, k, packed and k % 64 == 0, bias, 32 if name in ("value", "up") and number else 64)
+                for name, (n, k) in shapes.items()
+            },
+            1 + 0.1 * torch.randn(hidden),
+            1 + 0.1 * torch.randn(hidden),
+            1 + 0.1 * torch.randn(dim) if norms else None,
+            1 + 0.1 * torch.randn(dim) if norms else None,
+            window,
+        )
+
+    return Network(
+        table=torch.randn(VOCABULARY, hidden),
+        embedding_scale=1.5,
+        layers=[layer(number) for number in range(layers)],
+        final_norm=1 + 0.1 * torch.randn(hidden),
+        head=matrix(VOCABULARY, hidden, packed=packed),
+        cosine=angles.cos().contiguous(),
+        sine=angles.sin().contiguous(),
+        heads=heads,
+        kv_heads=kv_heads,
+        eps=1e-5,
+        attention_scale=dim**-0.5,
+        activation=activation,
+    )
+
+
+def branches(net, rank, dtype=torch.float32, skip=()):
+    return {
+        (number, name): Branch(
+            (torch.randn(rank, m.k) / m.k**0.5).to(dtype), (torch.randn(rank, m.n) / rank**0.5).to(dtype)
+        )
+        for number, layer in enumerate(net.layers)
+        for name, m in layer.matrices.items()
+        if name not in skip
+    }
+
+
+def both(net, dtype=torch.float32, cache_dtype=torch.float32, slots=3):
+    caches = [Cache.empty(net, slots, cache_dtype) for _ in range(2)]
+    return TorchDecoder(net, caches[0], dtype), NativeDecoder(NATIVE, net, caches[1], dtype)
+
+
+def close(got, wanted, digits=2e-4):
+    """Float32 sums of at most 320 terms in another order, through two layers; logits are around 1."""
+    assert got.dtype == torch.float32
+    assert torch.allclose(got, wanted, rtol=digits, atol=digits), (got - wanted).abs().max().item()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window", [0, 5, 70])
+def test_native_equals_torch_one_token_at_a_time_and_many(isa, shape, window):
+    """100 tokens cross the borders of key blocks (16) and of what attention takes at once (64)."""
+    net = network(shape, window=window, norms=window == 5, bias=window == 70)
+    reference, native = both(net)
+    tokens = torch.randint(VOCABULARY, (100,)).tolist()
+    wanted = reference.step(tokens, [0] * 100, list(range(100)))
+    singly = [native.step([token], [1], [at]) for at, token in enumerate(tokens[:67])]
+    close(torch.cat(singly), wanted[:67])
+    close(native.step(tokens[67:], [1] * 33, list(range(67, 100))), wanted[67:])
+    # The reference, too, gives the same numbers in pieces as in one.
+    pieces = [reference.step(tokens[a:b], [2] * (b - a), list(range(a, b))) for a, b in ((0, 3), (3, 60), (60, 100))]
+    close(torch.cat(pieces), wanted)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_activations_and_dense_matrices(isa, activation, packed):
+    net = network("groups of two", activation=activation, packed=packed)
+    reference, native = both(net)
+    close(native.step([1, 2, 3], [0, 1, 2], [0] * 3), reference.step([1, 2, 3], [0, 1, 2], [0] * 3))
+
+
+def test_rows_of_several_slots_do_not_see_each_other(isa):
+    net = network("groups of two")
+    _, native = both(net)
+    alone = [torch.cat([native.step([t], [slot], [at]) for at, t in enumerate(ids)]) for slot, ids in enumerate(IDS)]
+    _, native = both(net)
+    rows = [(t, slot, at) for slot, ids in enumerate(IDS) for at, t in enumerate(ids)]
+    together = native.step(*map(list, zip(*rows, strict=True)))
+    close(together, torch.cat(alone))
+
+
+IDS = ([5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_row_has_its_own_mix_of_adapters(isa, dtype):
+    net = network("groups of two", bias=True)
+    reference, native = both(net)
+    adapters = [branches(net, 1, dtype), branches(net, 7, dtype, skip=("value", "down")), branches(net, 64, dtype)]
+    mixes = [[(0, 1.0)], [(2, -0.5), (1, 2.0)], []]
+    for decoder in (reference, native):
+        decoder.set_adapters(adapters)
+    got, wanted = (d.step([3, 4, 5], [0, 1, 2], [0, 0, 0], mixes) for d in (native, reference))
+    # bf16 adapters: the reference rounds x, x A and the branch to 8 bits, the native step nothing.
+    close(got, wanted, 2e-4 if dtype == torch.float32 else 0.1)
+    for decoder in (reference, native):
+        decoder.set_adapters([])
+    plain = [d.step([3, 4, 5], [0, 1, 2], [0, 0, 0]) for d in (native, reference)]
+    close(*plain)
+    close(plain[0][2:], got[2:])  # the row without adapters did not notice the others'
+    assert not torch.allclose(plain[0][:2], got[:2], rtol=0.01, atol=0.01)
+
+
+def test_bfloat16_activations_stay_within_their_rounding(isa):
+    """Two layers of products whose inputs are rounded to 2**-9; logits around 1, sums of squares of 9 roundings."""
+    net = network("groups of two")
+    exact, _ = both(net)
+    _, native = both(net, torch.bfloat16, torch.bfloat16)
+    tokens = list(range(1, 21))
+    got, wanted = (d.step(tokens, [0] * 20, list(range(20))) for d in (native, exact))
+    assert (got - wanted).square().mean().sqrt() < 9 * 2**-9 * wanted.square().mean().sqrt()
+    assert not torch.equal(got, wanted)
+
+
+def test_an_8_bit_cache_rounds_each_key_and_value_to_one_part_in_254(isa):
+    net = network("groups of two", layers=1)
+    reference, native = both(net, cache_dtype=torch.int8)
+    exact, _ = both(net)
+    tokens = torch.randint(VOCABULARY, (90,)).tolist()
+    rows = [list(tokens), [1] * 90, list(range(90))]
+    close(native.step(*rows), exact.step(*rows), 0.03)
+    reference.step(*rows)
+    for name in ("keys", "values"):  # what is stored is the same code, or its neighbour
+        ours, theirs = (getattr(d.cache, name)[:, 1].int() for d in (native, reference))
+        at = (slice(None), slice(None), slice(0, 5)) if name == "keys" else (slice(None), slice(None), slice(0, 80))
+        assert (ours[at] - theirs[at]).abs().max() <= 1
+    assert torch.allclose(
+        native.cache.value_scales[:, 1, :, :90], reference.cache.value_scales[:, 1, :, :90], rtol=1e-4
+    )
+
+
+def test_bits_do_not_depend_on_threads_or_on_the_run(isa):
+    net = network("groups of seven")
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 2, 3):
+        torch.set_num_threads(threads)
+        _, native = both(net)
+        native.set_adapters([branches(net, 0)])
+        results.append(native.step(list(range(40)), [0] * 20 + [1] * 20, [*range(20)] * 2))
+    torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_copied_slot_goes_on_as_the_original():
+    net = network("groups of two")
+    for cache_dtype in (torch.float32, torch.int8):
+        _, native = both(net, cache_dtype=cache_dtype)
+        native.step(list(range(30)), [0] * 30, list(range(30)), logits=False)
+        native.cache.copy(0, 2, 21)
+        assert torch.equal(native.step([7], [2], [21]), native.step([7], [0], [21]))
+
+
+def test_bad_input_is_refused_before_a_pointer_is_handed_out():
+    net = network("groups of two")
+    _, native = both(net)
+    for arguments in (
+        ([], [], []),
+        ([1] * (STEP_ROWS + 1), [0] * (STEP_ROWS + 1), list(range(STEP_ROWS + 1))),
+        ([1], [3], [0]),
+        ([1], [-1], [0]),
+        ([1], [0], [160]),
+        ([1], [0], [-1]),
+        ([1, 2], [0], [0, 1]),
+        ([1], [0], [0], [[(0, 1.0)]]),
+        ([1], [0], [0], [[], []]),
+    ):
+        with pytest.raises(ShapeError):
+            native.step(*arguments)
+    with pytest.raises(IndexError):
+        native.step([VOCABULARY], [0], [0])
+    with pytest.raises(ShapeError, match="adapter matrices"):
+        native.set_adapters([{(0, "query"): Branch(torch.randn(4, 63), torch.randn(4, 80))}])
+    cache = Cache.empty(net, 1, torch.float32)
+    for change in (
+        {"final_norm": net.final_norm[:-1]},
+        {"cosine": net.cosine[:-1].clone()},
+        {"heads": 3},
+        {"head": matrix(VOCABULARY, 128)},
+        {"sine": net.sine.double()},
+        {"table": net.table[:, 1:]},
+    ):
+        with pytest.raises(ShapeError):
+            NativeDecoder(NATIVE, dataclasses.replace(net, **change), cache, torch.float32)
+    with pytest.raises(ShapeError, match="float32 or bfloat16"):
+        NativeDecoder(NATIVE, net, cache, torch.float16)
+    with pytest.raises(ShapeError):
+        NativeDecoder(NATIVE, net, Cache(cache.keys, cache.values.transpose(1, 2)), torch.float32)
