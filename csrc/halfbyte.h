@@ -133,6 +133,15 @@ HB_API int hb_adamw(int threads, const hb_adamw_tensor *tensors, int64_t count, 
 // The sum of squares of each gradient, not finite exactly where the gradient is not -> sums [count]. Returns as hb_adamw.
 HB_API int hb_adamw_norms(int threads, const hb_adamw_tensor *tensors, int64_t count, double *sums);
 
+// Files that shrink while they are mapped (mapped.cpp). hb_watch_mappings takes SIGBUS over, from Python's handler too:
+// `tell` is called, in a signal handler, with its number. hb_watch_mapping gives the mapping a place, -1 when there is
+// none left; from then on a fault in it is survived. hb_lost_of_mapping: the offset of the first page that was gone,
+// -1 for none.
+HB_API int hb_watch_mappings(void (*tell)(int));
+HB_API int hb_watch_mapping(void *begin, int64_t nbytes);
+HB_API int64_t hb_lost_of_mapping(int place);
+HB_API void hb_forget_mapping(int place);
+
 #ifdef __cplusplus
 }
 #endif

@@ -11,7 +11,8 @@ import copy
 import ctypes
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ _FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 
 # Bytes of tensors between two times that freed memory is given back.
 _TRIM_EVERY = 1 << 24
+
+# Bytes that may wait to be written while the next tensor is read.
+_BEHIND = 1 << 24
 
 
 def save_model(
@@ -99,7 +103,9 @@ def quantize_to_archive(
     streamed = open_checkpoint(folder, verify=False).quant_method is None
     request = {"quantization": quantization.own_dict(), "task": task, "source": _fingerprint(folder)}
     with model_files(folder) as files, new_archive(output, request, compress=compress) as archive:
-        with into_sink(_taker(archive)) if streamed else nullcontext():
+        with ExitStack() as writing:
+            if streamed:
+                writing.enter_context(into_sink(writing.enter_context(_WriteBehind(archive))))
             model = load_model(folder, quantization=quantization, task=task)
         _add_rest(archive, model)
         _add_files(archive, model, None, Path(files))
@@ -113,26 +119,49 @@ def _fingerprint(source: Path) -> list[list[Any]]:
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
 
-def _taker(archive: ArchiveWriter) -> Sink:
-    """Writes each parameter as it is made and gives back one without memory."""
-    since_trim = 0
+class _WriteBehind:
+    """A sink that writes each parameter while the next one is read and quantized, and gives back one without memory.
 
-    def take(model: nn.Module, name: str, make: Callable[[], torch.Tensor]) -> nn.Parameter:
-        nonlocal since_trim
-        if archive.has(name):
-            return nn.Parameter(archive.placeholder(name), requires_grad=False)
+    One parameter at most waits to be written, and a large one is waited for at once: what is held beside the tensor in
+    hand stays below `_BEHIND` bytes.
+    """
+
+    def __init__(self, archive: ArchiveWriter) -> None:
+        self._archive = archive
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self._since_trim = 0
+
+    def __enter__(self) -> Sink:
+        return self._take
+
+    def __exit__(self, *error: object) -> None:
+        # The file may be closed only after the last write. What went wrong there counts unless something did here.
+        self._thread.shutdown()
+        if error[0] is None:
+            self._wait()
+
+    def _take(self, model: nn.Module, name: str, make: Callable[[], torch.Tensor]) -> nn.Parameter:
+        if self._archive.has(name):
+            return nn.Parameter(self._archive.placeholder(name), requires_grad=False)
         made = make().detach()
+        placeholder, nbytes = made.to("meta"), made.nbytes
+        self._wait()
         # Some checkpoints hold both copies of a tied head; without their bytes transformers cannot see that.
-        archive.add(name, made, _partners(model, name))
-        placeholder = made.to("meta")
-        since_trim += made.numel() * made.element_size()
+        self._pending = self._thread.submit(self._archive.add, name, made, _partners(model, name))
         del made
-        if since_trim > _TRIM_EVERY:
+        if nbytes > _BEHIND:
+            self._wait()
+        self._since_trim += nbytes
+        if self._since_trim > _TRIM_EVERY:
             _trim()
-            since_trim = 0
+            self._since_trim = 0
         return nn.Parameter(placeholder, requires_grad=False)
 
-    return take
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+        self._pending = None
 
 
 def _trim() -> None:

@@ -11,6 +11,7 @@ different request starts anew. A lock on the partial file keeps two processes ap
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -47,6 +48,10 @@ from halfbyte.tensor import QuantizedTensor
 # What is compressed: codes, and scales of 8 bits or fewer. Everything else (float32 scales, dense weights) is noise.
 _COMPRESSED = ("codes", "scales")
 _READ = 1 << 22
+_SYNC_FILE_RANGE_WRITE = 2
+_SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
+if _SYNC_FILE_RANGE is not None:
+    _SYNC_FILE_RANGE.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 class ArchiveWriter:
@@ -184,6 +189,7 @@ class ArchiveWriter:
         for piece in pieces:
             self._put(piece, place)
             place += len(piece)
+        _start_writeback(self._file, offset, place - offset)
         crc = checksum.result()
         self._end = aligned(place)
         os.ftruncate(self._file, place)  # what a tensor that its partner stands for has left here
@@ -328,6 +334,15 @@ def check_output_archive(path: str | Path) -> Path:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"there is no permission to write into {parent}")
     return file
+
+
+def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Ask the system to bring a range to the disk from now on, so that the last fsync finds little left to do.
+
+    A hint, and only on Linux, where the system would else wait for up to 30 seconds.
+    """
+    if _SYNC_FILE_RANGE is not None and nbytes:
+        _SYNC_FILE_RANGE(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
 
 def _crc32(pieces: Iterable[bytes | memoryview]) -> int:
