@@ -55,7 +55,10 @@ class Archive:
     """
 
     def __init__(self, path):
-        self._map = np.memmap(path, dtype=np.uint8, mode="r")
+        try:
+            self._map = np.memmap(path, dtype=np.uint8, mode="r")
+        except ValueError:  # NumPy maps no empty file
+            raise Damaged("the file is empty") from None
         size, header = len(self._map), bytes(self._map[:64])
         _need(header[:8] == MAGIC, "the file is no .nf4dq archive")
         _need(len(header) == 64, "the header is truncated")

@@ -19,7 +19,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from halfbyte.models.archive_format import (
     encode_entry,
     encode_header,
 )
-from halfbyte.models.saving import as_output_error, sync, umask
+from halfbyte.models.saving import as_output_error, make_parents, sync, umask
 from halfbyte.tensor import QuantizedTensor
 
 # What is compressed: codes, and scales of 8 bits or fewer. Everything else (float32 scales, dense weights) is noise.
@@ -68,7 +68,8 @@ class ArchiveWriter:
         self.partial, self.journal = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.journal")
         self._compress = compress
         self.directory = Directory(f"halfbyte {version('halfbyte')}")
-        asked = {"generator": self.directory.generator, "compress": compress, "request": dict(request)}
+        asked = {key: _fingerprint(value) if isinstance(value, Path) else value for key, value in request.items()}
+        asked = {"generator": self.directory.generator, "compress": compress, "request": asked}
         self._request = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         self.written = 0
         self._checksums = ThreadPoolExecutor(1)
@@ -136,6 +137,17 @@ class ArchiveWriter:
     def add_file(self, name: str, data: bytes) -> None:
         """Write a small file: a config, a tokenizer. Files come after the tensors."""
         self.directory.files[name] = self._write(memoryview(data), False)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes of a section that was written before.
+
+        Raises:
+            OutputError: they are not there: the file was shortened by somebody else.
+        """
+        data = os.pread(self._file, nbytes, offset)
+        if len(data) != nbytes:
+            raise OutputError(f"{self.partial} became shorter while it was written; run it again")
+        return data
 
     def finish(self) -> int:
         """Write directory and header, bring everything to the disk and put the archive in its place; its bytes."""
@@ -287,7 +299,8 @@ def new_archive(path: str | Path, request: Mapping[str, Any], *, compress: bool 
 
     Args:
         path: ends in `.nf4dq`.
-        request: what makes a run the same run: model, options. Anything that JSON holds.
+        request: what makes a run the same run: model, options. Anything that JSON holds, and paths, which stand for
+            what is there.
         compress: entropy-code codes and scales.
 
     Raises:
@@ -295,19 +308,42 @@ def new_archive(path: str | Path, request: Mapping[str, Any], *, compress: bool 
             the disk is full.
         RequestError: `compress` without zstandard.
     """
-    target = check_output_archive(path).absolute()
     if compress:
         archive_codec.zstandard("compressing an archive")
+    with _writer(path, request, compress) as writer:
+        yield writer
+        writer.finish()
+
+
+@contextmanager
+def scratch_archive(path: str | Path, request: Mapping[str, Any]) -> Iterator[ArchiveWriter]:
+    """An archive that is only a step on the way to something else: as `new_archive`, and gone when the block ends.
+
+    Raises:
+        OutputError: see `new_archive`.
+    """
+    with _writer(path, request, False) as writer:
+        yield writer
+        writer.close(keep=False)
+
+
+@contextmanager
+def _writer(path: str | Path, request: Mapping[str, Any], compress: bool) -> Iterator[ArchiveWriter]:
+    target = check_output_archive(path).absolute()
+    made: list[Path] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        made = make_parents(target.parent)
         writer = ArchiveWriter(target, request, compress)
     except OSError as error:
         raise as_output_error(error, target) from None
     try:
         yield writer
-        writer.finish()
     except BaseException as error:
-        writer.close(keep=isinstance(error, KeyboardInterrupt))
+        kept = isinstance(error, KeyboardInterrupt)
+        writer.close(keep=kept)
+        with suppress(OSError):  # somebody else has put something there
+            for parent in made if not kept else ():
+                parent.rmdir()
         raise as_output_error(error, target) from None
 
 
@@ -334,6 +370,12 @@ def check_output_archive(path: str | Path) -> Path:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"there is no permission to write into {parent}")
     return file
+
+
+def _fingerprint(source: Path) -> list[list[Any]]:
+    """What tells one source from another without reading it: its files' names, sizes and times."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
 
 def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
