@@ -135,7 +135,7 @@ HB_API int hb_adamw_norms(int threads, const hb_adamw_tensor *tensors, int64_t c
 
 // Files that shrink while they are mapped (mapped.cpp). hb_watch_mappings takes SIGBUS over, from Python's handler too:
 // `tell` is called, in a signal handler, with its number. hb_watch_mapping gives the mapping a place, -1 when there is
-// none left; from then on a fault in it is survived. hb_lost_of_mapping: the offset of the first page that was gone,
+// none left; from then on a fault in it is survived. hb_lost_of_mapping: the offset of the lowest page that was missed,
 // -1 for none.
 HB_API int hb_watch_mappings(void (*tell)(int));
 HB_API int hb_watch_mapping(void *begin, int64_t nbytes);

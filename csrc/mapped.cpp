@@ -24,7 +24,7 @@ namespace {
 
 struct Mapping {
     std::atomic<uintptr_t> begin{0}, end{0};  // end 0: a free place
-    std::atomic<int64_t> lost{-1};            // offset of the first page that was not there, -1: none
+    std::atomic<int64_t> lost{-1};            // offset of the lowest page that was missed, -1: none
 };
 
 constexpr int kMost = 1024;
@@ -63,8 +63,10 @@ void on_fault(int number, siginfo_t *info, void *context) {
     void *const empty = mmap(reinterpret_cast<void *>(page), mapping->end.load() - page, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
     if (empty == MAP_FAILED) return pass_on(number, info, context);
-    int64_t none = -1;
-    mapping->lost.compare_exchange_strong(none, int64_t(page - mapping->begin.load()));
+    const int64_t offset = int64_t(page - mapping->begin.load());
+    int64_t lost = mapping->lost.load();
+    while ((lost < 0 || offset < lost) && !mapping->lost.compare_exchange_weak(lost, offset)) {
+    }
     if (void (*const tell)(int) = notify.load()) tell(number);
     errno = error;
 }

@@ -25,7 +25,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402, F401  (first, so that it is not instrumented)
 
 torch.set_num_threads(1)
-with atheris.instrument_imports(include=["halfbyte.models", "halfbyte.tensor.layout", "readers"], enable_loader_override=False):
+with atheris.instrument_imports(
+    include=["halfbyte.models", "halfbyte.tensor.layout", "readers"], enable_loader_override=False
+):
     import readers
 
 atheris.instrument_func(readers.numpy_reader.Archive._check)

@@ -83,9 +83,8 @@ def quantize_to_folder(
         with new_folder(target) as aside:
             for name, data in small_files(model, config, None, Path(files)):
                 (aside / name).write_bytes(data)
-            _write_shards(
-                aside, archive, [_keys(archive, name, layout) for name in _stored(archive, model)], limit, model
-            )
+            tensors = [_keys(archive, name, layout) for name in _stored(archive, model)]
+            _write_shards(aside, archive, tensors, limit, model.num_parameters())
     report: QuantizationReport = model.halfbyte_report
     return report
 
