@@ -57,7 +57,8 @@ def main() -> None:
         "-malloc_limit_mb=1000",
         "-print_final_stats=1",
     ]
-    atheris.Setup([sys.argv[0], *options, str(out), str(HERE / "corpus" / target), str(start)], readers.run(target))
+    kept = [str(folder) for folder in (HERE / "corpus" / target, start) if folder.is_dir()]
+    atheris.Setup([sys.argv[0], *options, str(out), *kept], readers.run(target))
     atheris.Fuzz()
 
 
