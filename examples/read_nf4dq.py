@@ -180,6 +180,10 @@ class Archive:
                 )
                 known = known and (entry["scale_bits"] == 32 or entry["scale_block"] == SCALE_BLOCK)
                 _need(known, f"tensor {name} has an unknown encoding")
+                _check_table(self.directory["codebooks"][entry["format"]], CODE_BITS[entry["format"]])
+                if entry["scale_bits"] != 32:
+                    _check_table(self.directory["scale_tables"][str(entry["scale_bits"])], entry["scale_bits"])
+                    _need(_is_number(entry["scale_offset"]), f"tensor {name} has a scale offset that is no number")
         place = 64
         for what, section, expected in self._sections():
             sizes = [section[key] for key in ("offset", "nbytes", "crc32")]
@@ -240,6 +244,14 @@ def _decoded_size(what, section):
     _need(fine, f"{what} has frames that do not make up its size")
     _need(decoded <= MAX_EXPANSION * section["nbytes"], f"{what} claims to decode to {decoded} bytes")
     return decoded
+
+
+def _check_table(values, bits):
+    _need(len(values) == 1 << bits and all(map(_is_number, values)), f"a table is not one of {1 << bits} numbers")
+
+
+def _is_number(value):
+    return type(value) in (int, float) and abs(value) < 3.5e38
 
 
 def _is_size(value):
