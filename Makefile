@@ -6,6 +6,7 @@
 #   make bench        every file in benchmarks/         make clean    remove .venv and caches
 #   make sanitize     the native kernels under AddressSanitizer and UBSan, called at random for FUZZ seconds and by their
 #                     Python tests; make sanitize-native does the first half and needs no Python
+#   make fuzz         the readers of archives and folders under atheris, each target for FUZZ seconds
 #
 # Variables: PYTHON  the interpreter that makes .venv
 #            TORCH   what pip installs first: a version, a wheel file, or several words that pip understands
@@ -27,10 +28,10 @@ SOURCES := src tests tools benchmarks examples
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart test lint format bench sanitize sanitize-native clean
+.PHONY: help quickstart test lint format bench sanitize sanitize-native fuzz clean
 
 help:
-	@sed -n '3,8s/^# *//p' Makefile
+	@sed -n '3,9s/^# *//p' Makefile
 
 # --------------------------------------------------------------------------------------------------------- environment
 # torch goes first and alone. Pulled in as somebody's dependency it would be whatever build pip prefers, and on Linux
@@ -94,6 +95,12 @@ sanitize: sanitize-native $(VENV)/.train,test
 	cp $(SANITIZED)/libhalfbyte_cpu.so $(SANITIZED)/src/halfbyte/kernels/cpu/
 	$(SANITIZED_PYTHON) -c "from halfbyte.kernels.cpu import library; assert '$(SANITIZED)' in str(library.FILE)"
 	$(SANITIZED_PYTHON) -m pytest tests/kernels -n $(WORKERS) $(PYTEST_ARGS)
+
+# What it finds is written to build/fuzz/ and ends the run.
+fuzz: $(VENV)/.train,test
+	$(PIP) install -c $(VENV)/constraints.txt "atheris>=3"
+	@set -e; for target in archive forged safetensors index; do \
+	    echo "== $$target"; OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/fuzz/fuzz_readers.py $$target $(FUZZ); done
 
 clean:
 	rm -rf $(VENV) .cache .hypothesis build dist

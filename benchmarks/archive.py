@@ -1,15 +1,22 @@
 """The archive's times, beside what the disk and bitsandbytes take: quantizing, opening, checking, loading.
 
-    python benchmarks/archive.py [--layers N]
+    python benchmarks/archive.py [--layers N] [--model FOLDER]
 
 A random Llama of 399 M parameters (6 layers) in bfloat16. Before anything is timed, the archive, compressed or not, is
-compared with the model that loading quantizes: bit for bit. Random weights compress less than real ones.
+compared with the model that loading quantizes: bit for bit. Random weights compress less than real ones: --model names
+a folder with such (an encoder is fine), whose bits and whose rate of decoding are printed beside.
+
+A cold process is one of its own: its memory is what mapping every tensor adds to it after the imports, and its first
+token is timed from the end of the imports, which are torch's and transformers' and the same for everyone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -73,11 +80,76 @@ def bitsandbytes_load(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
 
 
+COLD_OPEN = """
+import json, re, sys, time
+import halfbyte.models
+
+def resident():
+    return 1024 * int(re.search(r"VmRSS:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+idle, began = resident(), time.perf_counter()
+archive = halfbyte.models.Archive(sys.argv[1])
+tensors = [archive.tensor(name) for name in archive.directory.tensors]
+print(json.dumps({"seconds": time.perf_counter() - began, "bytes": resident() - idle}))
+"""
+COLD_TOKEN = """
+import json, sys, time
+import torch, transformers.models.llama.modeling_llama
+if sys.argv[1] == "halfbyte":
+    import halfbyte.models
+else:
+    import bitsandbytes
+began = time.perf_counter()
+if sys.argv[1] == "halfbyte":
+    model = halfbyte.models.load_model(sys.argv[2])
+else:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[2], quantization_config=config)
+loaded = time.perf_counter() - began
+with torch.inference_mode():
+    model(torch.tensor([[1, 17, 3, 90]])).logits[0, -1].argmax().item()
+print(json.dumps({"load": loaded, "first token": time.perf_counter() - began}))
+"""
+
+
+def cold(program: str, *arguments: str | Path) -> dict[str, float]:
+    """What a program prints as JSON on its last line, in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def real_model(source: Path, folder: Path) -> dict[str, float]:
+    """Bits a quantized parameter and the rate of decoding, of a model with real weights."""
+    archive = folder / "real.nf4dq"
+    architecture = json.loads((source / "config.json").read_text())["architectures"][0]
+    task = "causal-lm" if architecture.endswith("ForCausalLM") else "encoder"
+    quantize_to_archive(source, archive, HalfbyteConfig(), task=task, compress=True)
+    packed = Archive(archive)
+    names = [name for name, entry in packed.directory.tensors.items() if entry.spec is not None]
+    decoded = sum(s.decoded for name in names for s in packed.directory.tensors[name].parts.values() if s.chunk)
+    best = float("inf")
+    for _ in range(10 * ROUNDS):
+        began = time.perf_counter()
+        for name in names:
+            packed.tensor(name)
+        best = min(best, time.perf_counter() - began)
+    facts = describe(packed)
+    return {
+        "real weights, bits a quantized parameter": facts["bits_per_quantized_parameter_uncompressed"],
+        "real weights, bits, compressed": facts["bits_per_quantized_parameter"],
+        "real weights, decoding, GB/s of decoded bytes": decoded / best / 1e9,
+    }
+
+
 def main() -> None:
     """Measure in turn, the best of some rounds of each, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
-    layers = parser.parse_args().layers
+    parser.add_argument("--model", type=Path, help="a folder with real weights")
+    options = parser.parse_args()
+    layers = options.layers
     with tempfile.TemporaryDirectory() as name:
         folder, plain, compressed = Path(name) / "model", Path(name) / "plain.nf4dq", Path(name) / "compressed.nf4dq"
         make_model(folder, layers)
@@ -109,6 +181,14 @@ def main() -> None:
                 call()
                 best[label] = min(best[label], time.perf_counter() - began)
         facts = describe(packed)
+        opened = [cold(COLD_OPEN, plain) for _ in range(ROUNDS)]
+        ours = [cold(COLD_TOKEN, "halfbyte", plain) for _ in range(ROUNDS)]
+        theirs = [cold(COLD_TOKEN, "bitsandbytes", folder) for _ in range(ROUNDS)]
+        real = real_model(options.model, Path(name)) if options.model else {}
+    best["a cold process: open, map every tensor"] = min(run["seconds"] for run in opened)
+    for label, runs in (("halfbyte", ours), ("bitsandbytes", theirs)):
+        best[f"a cold process: {label} loads"] = min(run["load"] for run in runs)
+        best[f"a cold process: {label}'s first token"] = min(run["first token"] for run in runs)
     print(table(["what", "seconds"], [[label, f"{seconds:.3f}"] for label, seconds in best.items()]))
     ratios = {
         "quantizing, bitsandbytes' load over ours": best["bitsandbytes: load in 4 bits"]
@@ -117,6 +197,8 @@ def main() -> None:
         "decoding, GB/s of decoded bytes": decoded / best["decode the compressed tensors"] / 1e9,
         "bits a quantized parameter": facts["bits_per_quantized_parameter_uncompressed"],
         "bits, compressed": facts["bits_per_quantized_parameter"],
+        "opened and mapped, MB resident": max(run["bytes"] for run in opened) / 1e6,
+        **real,
     }
     print(table(["ratio", "value"], [[label, f"{value:.3f}"] for label, value in ratios.items()]))
     finish("archive", {"layers": layers, "bytes": size, "seconds": best, "ratios": ratios})

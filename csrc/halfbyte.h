@@ -162,10 +162,10 @@ typedef struct hb_branch {
 
 // W [n, k], packed under the conditions of hb_linear, or dense.
 typedef struct hb_matrix {
-    const hb_weight *packed;  // or null, and then
-    const void *dense;        // float32 or bfloat16
-    const float *bias;        // [n], or null
-    const hb_branch *branches;     // [adapters], or null
+    const hb_weight *packed;    // or null, and then
+    const void *dense;          // float32 or bfloat16
+    const float *bias;          // [n], or null
+    const hb_branch *branches;  // [adapters], or null
     int64_t n, k;
     int32_t dense_dtype;
 } hb_matrix;
@@ -214,6 +214,15 @@ typedef struct hb_step {
 
 // Returns 0, or 1 when there was no memory.
 HB_API int hb_decode(int threads, const hb_decoder *decoder, const hb_step *step);
+
+// Files that shrink while they are mapped (mapped.cpp). hb_watch_mappings takes SIGBUS over, from Python's handler too:
+// `tell` is called, in a signal handler, with its number. hb_watch_mapping gives the mapping a place, -1 when there is
+// none left; from then on a fault in it is survived. hb_lost_of_mapping: the offset of the lowest page that was missed,
+// -1 for none.
+HB_API int hb_watch_mappings(void (*tell)(int));
+HB_API int hb_watch_mapping(void *begin, int64_t nbytes);
+HB_API int64_t hb_lost_of_mapping(int place);
+HB_API void hb_forget_mapping(int place);
 
 #ifdef __cplusplus
 }

@@ -55,7 +55,10 @@ class Archive:
     """
 
     def __init__(self, path):
-        self._map = np.memmap(path, dtype=np.uint8, mode="r")
+        try:
+            self._map = np.memmap(path, dtype=np.uint8, mode="r")
+        except ValueError:  # NumPy maps no empty file
+            raise Damaged("the file is empty") from None
         size, header = len(self._map), bytes(self._map[:64])
         _need(header[:8] == MAGIC, "the file is no .nf4dq archive")
         _need(len(header) == 64, "the header is truncated")
@@ -177,6 +180,10 @@ class Archive:
                 )
                 known = known and (entry["scale_bits"] == 32 or entry["scale_block"] == SCALE_BLOCK)
                 _need(known, f"tensor {name} has an unknown encoding")
+                _check_table(self.directory["codebooks"][entry["format"]], CODE_BITS[entry["format"]])
+                if entry["scale_bits"] != 32:
+                    _check_table(self.directory["scale_tables"][str(entry["scale_bits"])], entry["scale_bits"])
+                    _need(_is_number(entry["scale_offset"]), f"tensor {name} has a scale offset that is no number")
         place = 64
         for what, section, expected in self._sections():
             sizes = [section[key] for key in ("offset", "nbytes", "crc32")]
@@ -237,6 +244,14 @@ def _decoded_size(what, section):
     _need(fine, f"{what} has frames that do not make up its size")
     _need(decoded <= MAX_EXPANSION * section["nbytes"], f"{what} claims to decode to {decoded} bytes")
     return decoded
+
+
+def _check_table(values, bits):
+    _need(len(values) == 1 << bits and all(map(_is_number, values)), f"a table is not one of {1 << bits} numbers")
+
+
+def _is_number(value):
+    return type(value) in (int, float) and abs(value) < 3.5e38
 
 
 def _is_size(value):

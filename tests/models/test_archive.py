@@ -228,7 +228,7 @@ def test_a_mapping_larger_than_the_memory_is_no_promise_of_memory(tmp_path):
     """A private mapping counts as memory that may be needed, unless it is said not to."""
     import mmap
 
-    from halfbyte.models import archive_reader
+    from halfbyte.models import mapping
 
     size = 4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with (tmp_path / "sparse").open("wb") as file:
@@ -237,7 +237,7 @@ def test_a_mapping_larger_than_the_memory_is_no_promise_of_memory(tmp_path):
         except OSError:
             pytest.skip(f"this file system holds no file of {size} bytes")
     with (tmp_path / "sparse").open("rb") as file:
-        flags, prot = mmap.MAP_PRIVATE | archive_reader._NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        flags, prot = mmap.MAP_PRIVATE | mapping._NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         mmap.mmap(file.fileno(), size, flags=flags, prot=prot).close()
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import zlib
 
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 import halfbyte as hb
 from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.formats.spec import SCALE_BITS
+from halfbyte.kernels import cpu
 from halfbyte.models import Archive
 from halfbyte.models.archive_format import HEADER, HEADER_SIZE, encode_header
 from halfbyte.models.archive_writer import new_archive
@@ -311,3 +315,65 @@ def test_round_trips(tmp_path_factory, shape, format, block, bits, dtype, compre
     assert found["dense"].dtype == dtype and torch.equal(found["dense"], dense)
     assert torch.equal(found["whole"], torch.arange(3))
     path.unlink()
+
+
+SHRINK = """
+import os, sys, threading
+import torch
+import halfbyte as hb
+from halfbyte.errors import CheckpointError
+from halfbyte.models import Archive
+
+path = sys.argv[1]
+archive = Archive(path)
+weights = [archive.tensor(name) for name in archive.directory.tensors]
+sums = [int(weight.codes.long().sum()) for weight in weights]
+os.truncate(path, int(sys.argv[2]))
+
+def use():
+    # Through a kernel, on several threads; through torch; and from a thread that is not the main one.
+    return weights[1] @ torch.ones(weights[1].shape[1]) if sys.argv[3] == "kernel" else weights[1].codes.long().sum()
+
+try:
+    if sys.argv[3] == "thread":
+        worker = threading.Thread(target=use)
+        worker.start()
+        worker.join()
+    else:
+        use()
+    print("nothing happened")
+except CheckpointError as error:
+    print(error)
+assert int(weights[0].codes.long().sum()) == sums[0]  # what is still there is still right
+print("alive")
+"""
+
+
+@pytest.mark.parametrize("how", ["kernel", "torch", "thread"])
+def test_a_file_that_shrinks_while_it_is_mapped(tmp_path, how):
+    """In a process of its own: if this fails, it ends by SIGBUS."""
+    native = cpu.native_library()
+    if isinstance(native, cpu.Missing):
+        pytest.skip(native.reason)
+    path = tmp_path / "a.nf4dq"
+    with new_archive(path, {}) as archive:
+        for index in range(3):
+            archive.add(f"layers.{index}.weight", hb.quantize(torch.randn(512, 512)))
+    section = Archive(path).directory.tensors["layers.1.weight"].parts["codes"]
+    command = [sys.executable, "-c", SHRINK, str(path), str(section.offset + section.nbytes // 2), how]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert "it became shorter while it was mapped, tensor layers.1.weight (codes) is no longer whole" in done.stdout
+    assert done.stdout.endswith("alive\n")
+
+
+def test_a_fault_that_is_not_ours_still_ends_the_process(small):
+    """The handler stands aside for every other mapping."""
+    program = (
+        "import mmap, os, sys; from halfbyte.models import Archive; a = Archive(sys.argv[1]);"
+        f"a.tensor({DENSE!r}); f = open(sys.argv[2], 'r+b'); m = mmap.mmap(f.fileno(), 0); os.truncate(f.name, 0); m[0]"
+    )
+    other = small.with_name("other")
+    other.write_bytes(bytes(10_000))
+    done = subprocess.run([sys.executable, "-c", program, str(small), str(other)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGBUS, done.stderr

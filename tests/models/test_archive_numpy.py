@@ -78,7 +78,7 @@ def test_it_refuses_what_halfbyte_refuses(reader, tmp_path):
             os.pwrite(file.fileno(), data[place : place + 1], place)
     for length in range(1, len(data)):
         os.truncate(path, len(data) - length)
-        with pytest.raises((reader.Damaged, ValueError)):  # NumPy maps no empty file
+        with pytest.raises(reader.Damaged):
             reader.Archive(path)
 
 

@@ -109,3 +109,20 @@ def test_the_tokenizer_goes_beside_it(model, tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, "<unk>")))
     hb.save_model(model, tmp_path / "out", tokenizer)
     assert hb.load_tokenizer(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+
+
+def test_what_a_killed_run_left_is_taken_away_and_what_runs_is_not(tmp_path):
+    left, other, user = (tmp_path / name for name in (".out.abcd1234.partial", ".out2.abcd1234.partial", ".out.mine"))
+    for folder in (left, other, user):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+    with new_folder(tmp_path / "out") as aside:
+        assert not left.exists() and other.exists() and user.exists()
+        (aside / "file").write_text("first")
+        (tmp_path / "elsewhere").mkdir()
+        with new_folder(tmp_path / "elsewhere" / "out"):
+            pass
+        with pytest.raises(KeyError), new_folder(tmp_path / "out"):
+            assert aside.exists()  # the first one runs
+            raise KeyError("x")
+    assert (tmp_path / "out" / "file").read_text() == "first"

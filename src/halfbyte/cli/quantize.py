@@ -72,15 +72,13 @@ def quantize(
 
 
 def _quantize(model: str, output: Path, config: HalfbyteConfig, compress: bool) -> Any:
-    from halfbyte.models import is_archive, load_model, load_tokenizer, open_checkpoint, quantize_to_archive, save_model
+    from halfbyte.models import is_archive, open_checkpoint, quantize_to_archive, quantize_to_folder
 
     folder = Path(model)
     task = _task(open_checkpoint(folder, verify=False).config) if folder.exists() else "causal-lm"
     if is_archive(output):
         return quantize_to_archive(model, output, config, task=task, compress=compress)
-    quantized = load_model(model, quantization=config, task=task)
-    save_model(quantized, output, load_tokenizer(model))
-    return quantized.halfbyte_report
+    return quantize_to_folder(model, output, config, task=task)
 
 
 def _task(config: dict[str, Any]) -> str:

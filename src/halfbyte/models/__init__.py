@@ -8,6 +8,7 @@ from halfbyte.models.archive_reader import Archive, describe, is_archive
 from halfbyte.models.archive_writer import check_output_archive
 from halfbyte.models.checkpoint import Checkpoint, read_config
 from halfbyte.models.config import HalfbyteConfig
+from halfbyte.models.folder import quantize_to_folder
 from halfbyte.models.loading import TASKS, load_config, load_model, load_tokenizer
 from halfbyte.models.loftq import init_loftq
 from halfbyte.models.quantizer import HalfbyteQuantizer
@@ -34,6 +35,7 @@ __all__ = [
     "new_folder",
     "open_checkpoint",
     "quantize_to_archive",
+    "quantize_to_folder",
     "read_config",
     "save_model",
 ]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import ctypes
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ _FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 
 # Bytes of tensors between two times that freed memory is given back.
 _TRIM_EVERY = 1 << 24
+
+# Bytes that may wait to be written while the next tensor is read.
+_BEHIND = 1 << 24
 
 
 def save_model(
@@ -96,43 +100,80 @@ def quantize_to_archive(
         OutputError: see `new_archive`.
     """
     folder = resolve(source)
-    streamed = open_checkpoint(folder, verify=False).quant_method is None
-    request = {"quantization": quantization.own_dict(), "task": task, "source": _fingerprint(folder)}
+    request = {"quantization": quantization.own_dict(), "task": task, "source": folder}
     with model_files(folder) as files, new_archive(output, request, compress=compress) as archive:
-        with into_sink(_taker(archive)) if streamed else nullcontext():
-            model = load_model(folder, quantization=quantization, task=task)
-        _add_rest(archive, model)
+        model = quantize_into(archive, folder, quantization, task)
         _add_files(archive, model, None, Path(files))
     report: QuantizationReport = model.halfbyte_report
     return report
 
 
-def _fingerprint(source: Path) -> list[list[Any]]:
-    """What tells one source from another without reading it: its files' names, sizes and times."""
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+def quantize_into(archive: ArchiveWriter, folder: Path, quantization: HalfbyteConfig, task: str) -> Any:
+    """Write every tensor of a model folder into an archive, quantized, as it streams in.
+
+    Args:
+        archive: to write into; what it has already is left as it is.
+        folder: a model folder or an archive.
+        quantization: how.
+        task: as for `load_model`.
+
+    Returns:
+        The model, without its bytes where they were quantized here.
+
+    Raises:
+        CheckpointError, FormatError: see `load_model`.
+    """
+    with ExitStack() as writing:
+        if open_checkpoint(folder, verify=False).quant_method is None:
+            writing.enter_context(into_sink(writing.enter_context(_WriteBehind(archive))))
+        model = load_model(folder, quantization=quantization, task=task)
+    _add_rest(archive, model)
+    return model
 
 
-def _taker(archive: ArchiveWriter) -> Sink:
-    """Writes each parameter as it is made and gives back one without memory."""
-    since_trim = 0
+class _WriteBehind:
+    """A sink that writes each parameter while the next one is read and quantized, and gives back one without memory.
 
-    def take(model: nn.Module, name: str, make: Callable[[], torch.Tensor]) -> nn.Parameter:
-        nonlocal since_trim
-        if archive.has(name):
-            return nn.Parameter(archive.placeholder(name), requires_grad=False)
+    One parameter at most waits to be written, and a large one is waited for at once: what is held beside the tensor in
+    hand stays below `_BEHIND` bytes.
+    """
+
+    def __init__(self, archive: ArchiveWriter) -> None:
+        self._archive = archive
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self._since_trim = 0
+
+    def __enter__(self) -> Sink:
+        return self._take
+
+    def __exit__(self, *error: object) -> None:
+        # The file may be closed only after the last write. What went wrong there counts unless something did here.
+        self._thread.shutdown()
+        if error[0] is None:
+            self._wait()
+
+    def _take(self, model: nn.Module, name: str, make: Callable[[], torch.Tensor]) -> nn.Parameter:
+        if self._archive.has(name):
+            return nn.Parameter(self._archive.placeholder(name), requires_grad=False)
         made = make().detach()
+        placeholder, nbytes = made.to("meta"), made.nbytes
+        self._wait()
         # Some checkpoints hold both copies of a tied head; without their bytes transformers cannot see that.
-        archive.add(name, made, _partners(model, name))
-        placeholder = made.to("meta")
-        since_trim += made.numel() * made.element_size()
+        self._pending = self._thread.submit(self._archive.add, name, made, _partners(model, name))
         del made
-        if since_trim > _TRIM_EVERY:
+        if nbytes > _BEHIND:
+            self._wait()
+        self._since_trim += nbytes
+        if self._since_trim > _TRIM_EVERY:
             _trim()
-            since_trim = 0
+            self._since_trim = 0
         return nn.Parameter(placeholder, requires_grad=False)
 
-    return take
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+        self._pending = None
 
 
 def _trim() -> None:
@@ -168,10 +209,25 @@ def _add_rest(archive: ArchiveWriter, model: Any) -> None:
 
 
 def _add_files(archive: ArchiveWriter, model: Any, tokenizer: Any, source: Path | None = None) -> None:
-    """config.json and generation_config.json from the model, everything else from the tokenizer or the folder."""
+    for name, data in small_files(model, saved_config(model), tokenizer, source):
+        archive.add_file(name, data)
+
+
+def small_files(model: Any, config: Any, tokenizer: Any, source: Path | None) -> Iterator[tuple[str, bytes]]:
+    """What stands beside a model's weights: configs, tokenizer, licence.
+
+    Args:
+        model: for its generation config.
+        config: becomes config.json.
+        tokenizer: is saved, if given.
+        source: a folder with other such files, or None.
+
+    Yields:
+        File name and content.
+    """
     with tempfile.TemporaryDirectory(prefix="halfbyte-") as name:
         folder = Path(name)
-        _archive_config(model).save_pretrained(folder)
+        config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
@@ -180,11 +236,11 @@ def _add_files(archive: ArchiveWriter, model: Any, tokenizer: Any, source: Path 
         files |= {file.name: file for file in folder.iterdir()}
         for name, file in sorted(files.items()):
             if file.is_file() and file.suffix in _FILES and name != INDEX and not name.startswith("."):
-                archive.add_file(name, file.read_bytes())
+                yield name, file.read_bytes()
 
 
-def _archive_config(model: Any) -> Any:
-    """The model's config as config.json is to hold it: our own description, whatever a folder would say."""
+def saved_config(model: Any) -> Any:
+    """A copy of the model's config as an archive's config.json holds it: with our own description."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype

@@ -7,21 +7,19 @@ processes that map the file, and given back under pressure without being written
 The mapping is private: a program that writes into a tensor (a norm that is trained, an embedding that is resized) gets
 its own copy of that page, and neither the file nor another process sees it.
 
-What a mapping cannot do is survive a file that shrinks: the system kills the process that touches a page that is gone.
-`verify` reads through the file system instead and reports such a file in words, so a file that shrank *before* it was
-verified is an error; never shorten an archive in place. halfbyte's own writer replaces files and never touches them.
+A file that shrinks while it is mapped is an error that names the first section that is gone (`mapping.py` says how and
+where its limits are), and `verify` reads through the file system and reports such a file too. Still: never shorten an
+archive in place. halfbyte's own writer replaces files and never touches them.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
-import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +31,16 @@ from halfbyte.models.archive_format import (
     ALIGNMENT,
     HEADER_SIZE,
     SUFFIX,
+    Directory,
     Entry,
     Section,
     decode_directory,
     decode_header,
 )
+from halfbyte.models.mapping import map_file
 from halfbyte.tensor import QuantizedTensor
 
 _READ = 1 << 20  # bytes checked at once: large enough for the checksum to run at its pace, small enough for a cache
-# Without it Linux refuses to map privately what is larger than the memory, although no page of it is ever written.
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 def is_archive(path: str | Path) -> bool:
@@ -167,8 +165,7 @@ class Archive:
         size = os.fstat(self._file.fileno()).st_size
         if size != self.nbytes:
             raise CheckpointError(f"{self.path} had {self.nbytes} bytes when it was opened and has {size} now")
-        flags, prot = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-        return torch.frombuffer(mmap.mmap(self._file.fileno(), size, flags=flags, prot=prot), dtype=torch.uint8)
+        return map_file(self._file.fileno(), size, partial(_lost, self.path, self.directory))
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -183,6 +180,13 @@ class Archive:
             raise CheckpointError(f"{self.path} {before}{error}") from None
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from None
+
+
+def _lost(path: Path, directory: Directory, offset: int) -> str:
+    """What to say when a mapped file turns out to end before `offset`, and below the page size after it."""
+    gone = [what for what, section in directory.sections() if section.offset + section.nbytes > offset]
+    what = gone[0] if gone else "the directory"
+    return f"{path} is damaged: it became shorter while it was mapped, {what} is no longer whole; load it anew"
 
 
 def describe(archive: Archive) -> dict[str, Any]:

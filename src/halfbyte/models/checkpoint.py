@@ -4,6 +4,9 @@ Memory is the point. A memory-mapped shard stays in a process's resident size pa
 that keeps its shards open peaks at the size of the file. `LazyTensor` opens its shard for one tensor, reads that
 tensor and closes it again: the peak is what has been kept so far and the tensor in hand (transformers#43032).
 
+A tensor is read in pieces by all threads, and each piece is searched for NaN and Inf while it is still in the cache:
+one pass over memory instead of two.
+
 Everything that can be wrong with a folder is found before the first weight is read: no config, a shard that the index
 names and nobody has, a file that is shorter than its header says. Pickles are never read.
 """
@@ -11,11 +14,15 @@ names and nobody has, a file that is shorter than its header says. Pickles are n
 from __future__ import annotations
 
 import json
+import mmap
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -36,6 +43,18 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Of each floating dtype: integers of its size, and the bits of its exponent, all of which are set in NaN and Inf alone.
+_EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
+    "F32": (np.uint32, 0x7F80_0000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+}
+# Bytes that are read and searched at once: they and the search's temporary fit a core's second-level cache.
+_PIECE = 1 << 18
+# From here on memory comes from the system, in large pages: a tensor of 23 MB in pages of 4 KiB is 5,600 page faults,
+# half of what reading it takes, and the C library would keep it when it is freed.
+_LARGE = 1 << 22
 
 
 class LazyTensor:
@@ -46,10 +65,19 @@ class LazyTensor:
         shard: the file that holds it.
         shape: its shape.
         dtype_name: safetensors' name of its dtype ("BF16", ...).
+        offset: where its bytes begin in the file.
     """
 
-    def __init__(self, name: str, shard: Path, shape: tuple[int, ...], dtype_name: str, failures: list[Exception]):
-        self.name, self.shard, self.shape, self.dtype_name = name, shard, shape, dtype_name
+    def __init__(
+        self,
+        name: str,
+        shard: Path,
+        shape: tuple[int, ...],
+        dtype_name: str,
+        failures: list[Exception],
+        offset: int = 0,
+    ) -> None:
+        self.name, self.shard, self.shape, self.dtype_name, self.offset = name, shard, shape, dtype_name, offset
         self._failures = failures
 
     @property
@@ -88,18 +116,43 @@ class LazyTensor:
         Raises:
             CheckpointError: the file changed since it was opened, or the tensor holds NaN or Inf.
         """
+        if self.dtype_name not in _DTYPES:
+            raise CheckpointError(
+                f"{self.shard}: {self.name} is {self.dtype_name}; of these dtypes one is read: {', '.join(_DTYPES)}"
+            )
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        buffer = _memory(self.nbytes)
         try:
+            finite = self._fill(buffer.numpy())
+        except OSError as error:
+            raise CheckpointError(f"{self.shard}: cannot read {self.name}: {error.strerror or error}") from None
+        if not finite:
+            raise CheckpointError(f"{self.shard}: {self.name} holds NaN or Inf; the file is damaged or diverged")
+        return buffer.view(self.dtype).view(self.shape)
+
+    def _fill(self, target: np.ndarray[Any, np.dtype[np.uint8]]) -> bool:
+        """Read the tensor's bytes into uint8 [nbytes]; whether it holds finite numbers only."""
+        with self.shard.open("rb", buffering=0) as file:
             # Read and not mapped: a mapped tensor and its copy would both be resident for a moment.
-            with safe_open(self.shard, framework="pt", device="cpu", backend="pread") as file:
-                tensor: torch.Tensor = file.get_tensor(self.name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.shard}: cannot read {self.name}: {error}") from None
-        if tensor.is_floating_point() and tensor.numel():
-            # One pass without a temporary; both ends are NaN when any element is.
-            low, high = tensor.aminmax()
-            if not (low.isfinite() and high.isfinite()):
-                raise CheckpointError(f"{self.shard}: {self.name} holds NaN or Inf; the file is damaged or diverged")
-        return tensor
+            def fill(start: int) -> bool:
+                piece = target[start : start + _PIECE]
+                done = 0
+                while done < len(piece):
+                    read = os.preadv(file.fileno(), [piece[done:].data], self.offset + start + done)
+                    if not read:
+                        raise CheckpointError(f"{self.shard}: cannot read {self.name}: the file became shorter")
+                    done += read
+                return _finite(piece, self.dtype_name)
+
+            starts = range(0, len(target), _PIECE)
+            if len(starts) < 4:
+                return all(fill(start) for start in starts)
+            threads = torch.get_num_threads()
+            with ThreadPoolExecutor(threads) as pool:
+                # Neighbouring pieces by different threads, so that the system's read-ahead sees one run of reads.
+                parts = pool.map(lambda first: all(fill(start) for start in starts[first::threads]), range(threads))
+                return all(parts)
 
 
 @dataclass(frozen=True)
@@ -207,16 +260,40 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
 
 def _open_shard(shard: Path, failures: list[Exception]) -> dict[str, LazyTensor]:
     try:
-        with safe_open(shard, framework="pt", device="cpu") as file:
-            found = {}
-            for key in file.keys():  # noqa: SIM118  (safe_open has no __iter__)
-                part = file.get_slice(key)
-                found[key] = LazyTensor(key, shard, tuple(part.get_shape()), part.get_dtype(), failures)
-            return found
-    except SafetensorError as error:
-        raise CheckpointError(f"{shard} is truncated or damaged: {error}") from None
+        with safe_open(shard, framework="pt", device="cpu"):
+            # It has checked every shape and offset in the header against the file, and keeps the offsets to itself.
+            pass
+        with shard.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+        found = {}
+        for key, entry in entries.items():
+            if key != "__metadata__":
+                offset = 8 + length + entry["data_offsets"][0]
+                found[key] = LazyTensor(key, shard, tuple(entry["shape"]), entry["dtype"], failures, offset)
+        return found
     except OSError as error:
         raise CheckpointError(f"{shard} cannot be opened: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{shard} is truncated or damaged: {error}") from None
+
+
+def _memory(size: int) -> torch.Tensor:
+    """Memory to read into: uint8 [size]."""
+    if size < _LARGE:
+        return torch.empty(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def _finite(piece: np.ndarray[Any, np.dtype[np.uint8]], dtype_name: str) -> bool:
+    """Whether no number in a run of bytes is NaN or Inf."""
+    if dtype_name not in _EXPONENTS or not len(piece):
+        return True
+    integers, exponent = _EXPONENTS[dtype_name]
+    return bool((piece.view(integers) & integers(exponent)).max() != exponent)
 
 
 def _near(folder: Path) -> str:

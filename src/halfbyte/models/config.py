@@ -93,6 +93,11 @@ class HalfbyteConfig(QuantizationConfigMixin):
             skip_modules=declared.get("llm_int8_skip_modules"),
         )
 
+    @property
+    def layout(self) -> str:
+        """The layout in files (`halfbyte.tensor.flatten`): bitsandbytes' where that library can read the result."""
+        return "bitsandbytes" if self.bitsandbytes_readable else "halfbyte"
+
     def to_dict(self) -> dict[str, Any]:
         """What is written into config.json."""
         return self._bitsandbytes_dict() if self.bitsandbytes_readable else self.own_dict()

@@ -201,7 +201,7 @@ class HalfbyteQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The state dict with every packed tensor flattened to its keys."""
-        layout = "bitsandbytes" if self.quantization_config.bitsandbytes_readable else "halfbyte"
+        layout = self.quantization_config.layout
         state: dict[str, torch.Tensor] = {}
         for name, tensor in model.state_dict().items():
             state.update(flatten(name, tensor, layout) if isinstance(tensor, QuantizedTensor) else {name: tensor})

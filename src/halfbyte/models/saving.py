@@ -8,7 +8,9 @@ library can read the result.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import OutputError
+
+# What the name of a folder that is being written ends in.
+_ASIDE = ".partial"
 
 
 def save_model(model: Any, path: str | Path, tokenizer: Any = None, *, max_shard_size: str = "5GB") -> Path:
@@ -64,14 +69,18 @@ def check_output_folder(path: str | Path) -> Path:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
 
+    What a killed run has left beside `path` is taken away first.
+
     Raises:
         OutputError: see `check_output_folder`; also when the disk fills up inside the block.
     """
     folder = check_output_folder(path).absolute()
-    made = _make_parents(folder.parent)
-    aside = None
+    made = make_parents(folder.parent)
+    aside, lock = None, -1
     try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        _remove_leftovers(folder)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_ASIDE, dir=folder.parent))
+        lock = _locked(aside)
         yield aside
         mask = umask()
         for file in aside.rglob("*"):
@@ -89,7 +98,32 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         for parent in made:
             parent.rmdir()
         raise as_output_error(error, folder) from None
+    finally:
+        if lock >= 0:
+            os.close(lock)
     sync(folder.parent)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what runs that were killed have left beside a folder; those that still run hold a lock."""
+    pattern = re.compile(re.escape(f".{folder.name}.") + r"[a-z0-9_]{8}" + re.escape(_ASIDE))
+    for aside in folder.parent.iterdir():
+        if pattern.fullmatch(aside.name) and aside.is_dir() and not aside.is_symlink():
+            lock = _locked(aside)
+            if lock >= 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor that locks a folder, until it is closed or the process ends; -1 where another holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return -1
+    return descriptor
 
 
 def as_output_error(error: BaseException, folder: Path) -> BaseException:
@@ -106,7 +140,7 @@ def as_output_error(error: BaseException, folder: Path) -> BaseException:
     return error
 
 
-def _make_parents(parent: Path) -> list[Path]:
+def make_parents(parent: Path) -> list[Path]:
     """Create missing parents; returns those made, innermost first, so that a failure can take them away again."""
     missing = []
     while not parent.exists():

@@ -82,6 +82,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_decode": (_I, (_I, _P, _P)),
     "hb_adamw": (_I, (_I, _P, _L, _P)),
     "hb_adamw_norms": (_I, (_I, _P, _L, _P)),
+    "hb_watch_mappings": (_I, (_P,)),
+    "hb_watch_mapping": (_I, (_P, _L)),
+    "hb_lost_of_mapping": (_L, (_I,)),
+    "hb_forget_mapping": (None, (_I,)),
 }
 
 
