@@ -42,10 +42,11 @@ def _refuse_classifier(folder: Path) -> None:
     """A classifier's config would load as a language model of the same type, with a head that nobody trained."""
     path = folder / "config.json"
     architectures = (_json(path).get("architectures") if path.is_file() else None) or [""]
-    if architectures[0].endswith("ForSequenceClassification"):
+    kind = architectures[0].partition("For")[2]
+    if kind in ("SequenceClassification", "TokenClassification"):
         raise RequestError(
             f"{folder} is a classifier ({architectures[0]}) and writes no answers; load it in Python with "
-            "transformers' AutoModelForSequenceClassification, or name a run of task causal-lm."
+            f"transformers' AutoModelFor{kind}, or name a run of task causal-lm."
         )
 
 

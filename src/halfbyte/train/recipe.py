@@ -37,7 +37,7 @@ from halfbyte.errors import RecipeError, nearest
 from halfbyte.formats import BLOCK_SIZES, FORMATS
 
 Method = Literal["qlora", "lora", "full"]
-TaskName = Literal["causal-lm", "preference", "sequence-classification"]
+TaskName = Literal["causal-lm", "preference", "sequence-classification", "token-classification"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adamw_4bit", "galore_adamw", "galore_adamw_8bit"]
 # What transformers and bitsandbytes call them; a name that begins with "paged_" also says so.
 OPTIMIZER_ALIASES = {
@@ -63,7 +63,8 @@ class Recipe(BaseModel):
     output_dir: str = Field(description="run directory; must not exist, or be empty")
     method: Method = Field("qlora", description="qlora: frozen base in few bits; lora: frozen base; full: all weights")
     task: TaskName = Field(
-        "causal-lm", description="what is learnt: to write, to prefer one answer (DPO), or to say a text's class"
+        "causal-lm",
+        description="what is learnt: to write, to prefer one answer (DPO), or to say the class of a text, or of a word",
     )
     seed: int = Field(42, ge=0, description="of initialisation, order and dropout")
 
@@ -76,8 +77,8 @@ class Recipe(BaseModel):
     eval_split: float | int | None = Field(
         None, gt=0, description="measure on rows held out of dataset: their share if below 1, else their number"
     )
-    eval_metric: Literal["loss", "exact_match", "accuracy"] = Field(
-        "loss", description="what to measure on eval_dataset; loss and accuracy come together where there are both"
+    eval_metric: Literal["loss", "exact_match", "accuracy", "f1"] = Field(
+        "loss", description="what to measure on eval_dataset; loss, accuracy and F1 come together where there are such"
     )
     max_new_tokens: int = Field(128, ge=1, description="longest answer when eval_metric is exact_match")
     max_length: int | None = Field(
@@ -89,6 +90,9 @@ class Recipe(BaseModel):
         "last turn, or on every token",
     )
     packing: bool = Field(False, description="several rows in one of max_length, each of which sees only itself")
+    label_names: tuple[str, ...] = Field(
+        (), description="names of the classes, by number where labels are integers; []: those of the training data"
+    )
     dpo_beta: float = Field(
         0.1, gt=0, description="preference: how dear it is to move away from the model at the start"
     )
@@ -170,6 +174,13 @@ class Recipe(BaseModel):
             raise ValueError("is neither a share below 1 nor a number of rows")
         return value
 
+    @field_validator("label_names")
+    @classmethod
+    def _different_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value and len(set(value)) < max(2, len(value)):
+            raise ValueError("needs at least two names, no two of which are equal")
+        return value
+
     @field_serializer("dataset", "eval_dataset")
     def _plain(self, sources: tuple[Source, ...]) -> list[Any]:
         """As short as a person would write it."""
@@ -177,7 +188,7 @@ class Recipe(BaseModel):
         bare = [source == Source(source.path) for source in sources]
         return [entry["path"] if alone else entry for entry, alone in zip(plain, bare, strict=True)]
 
-    @field_validator("target_modules", "modules_to_save", mode="before")
+    @field_validator("target_modules", "modules_to_save", "label_names", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         """YAML has lists; a frozen object holds tuples; a single name stands for a list of one."""
@@ -285,10 +296,12 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     found = []
     task = values.get("task", Recipe.model_fields["task"].default)
     metric = values.get("eval_metric")
-    if metric == "accuracy" and task == "causal-lm":
-        found.append("eval_metric is 'accuracy' but task is 'causal-lm', whose answers are texts; choose exact_match.")
-    if metric == "exact_match" and task in ("preference", "sequence-classification"):
-        found.append(f"eval_metric is 'exact_match' but task is {task!r}; choose accuracy.")
+    if metric in ("accuracy", "f1") and task == "causal-lm":
+        found.append(f"eval_metric is {metric!r} but task is 'causal-lm', whose answers are texts; choose exact_match.")
+    if metric == ("f1" if task == "preference" else "exact_match") and task not in ("causal-lm", None):
+        found.append(f"eval_metric is {metric!r} but task is {task!r}; choose accuracy.")
+    if values.get("label_names") and task in ("causal-lm", "preference"):
+        found.append(f"label_names are set but task is {task!r}, which has no classes; leave them out.")
     if values.get("eval_steps") is None:
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if values.get(key) not in (None, False):

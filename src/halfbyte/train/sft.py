@@ -139,7 +139,7 @@ def check_data(recipe: Recipe) -> DataInputs:
 def _max_length(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """The recipe's, checked, or what fits."""
     limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    if recipe.task == "sequence-classification":  # RoBERTa has 514 positions for 512 tokens; its tokenizer knows
+    if TASKS[recipe.task].classifies:  # RoBERTa has 514 positions for 512 tokens; its tokenizer knows
         limit = min(limit, tokenizer.model_max_length)
     if recipe.max_length is None:
         return min(limit, USUAL_LENGTH)
@@ -162,10 +162,7 @@ def _train_in(
     eval_rows = task.tokenize(task.eval_examples, tokenizer, inputs.max_length) if task.eval_examples else None
     console.print(f"data: {rows.report}")
     base = load_base(recipe, head=inputs.head, num_labels=len(task.labels) or None)
-    task.settle(base, tokenizer)
-    cost = _cost_of(base)
-    console.print(f"base: {base.halfbyte_report}")
-    model = add_adapter(base, recipe, inputs.targets, inputs.head)
+    model = _adapted(base, recipe, inputs, console)
     metrics = Metrics(run.folder / "metrics.jsonl", console)
     trainer = task.trainer()(
         model,
@@ -193,7 +190,7 @@ def _train_in(
         "recipe": recipe.digest,
         **task.facts(tokenizer),
         "data": data,
-        **cost,
+        **_cost_of(base),
         **trainable_report(model),
         "trained_whole": [*recipe.modules_to_save, *inputs.head],
         "steps": trainer.state.global_step,
@@ -243,6 +240,12 @@ def load_base(recipe: Recipe, *, head: Sequence[str] = (), num_labels: int | Non
 def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str], head: Sequence[str] = ()) -> Any:
     """The base with the recipe's adapter, or the base itself for `method: full`. What is trained is float32.
 
+    Args:
+        base: as `load_base` gives it.
+        recipe: says which adapter.
+        targets: modules that get one.
+        head: modules of a classifier that are trained whole.
+
     Raises:
         RequestError: the model folder holds something in 4 bits that is to be trained whole.
     """
@@ -267,6 +270,8 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str],
         lora_dropout=recipe.lora_dropout,
         bias=recipe.lora_bias,
         target_modules=targets,
+        # peft's "all-linear" leaves a head out where the task is SEQ_CLS, and not where it is TOKEN_CLS
+        exclude_modules=list(head) if recipe.task == "token-classification" else None,
         modules_to_save=[name for name in whole if name not in SEQ_CLS_HEAD_NAMES] or None,  # peft adds those
         rank_pattern=dict(recipe.rank_pattern),
         alpha_pattern=dict(recipe.alpha_pattern),
@@ -278,6 +283,15 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str],
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft leaves modules_to_save in the base's dtype
             parameter.data = parameter.data.float()
+    return model
+
+
+def _adapted(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, console: Console) -> Any:
+    """The base with what only the data knows, and with the recipe's adapter."""
+    inputs.task.settle(base, inputs.tokenizer)
+    report: Any = base.halfbyte_report
+    console.print(f"base: {report}")
+    model = add_adapter(base, recipe, inputs.targets, inputs.head)
     return model
 
 
@@ -299,7 +313,7 @@ def _write(
     # peft's "auto" asks the hub whether the vocabulary has changed, and offline the run is lost at its end (peft#1452)
     options: dict[str, Any] = {} if recipe.method == "full" else {"save_embedding_layers": False}
     model.save_pretrained(folder, **options)
-    if recipe.method != "full" and recipe.task == "sequence-classification":
+    if recipe.method != "full" and TASKS[recipe.task].classifies:
         _write_config(folder, model)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card: a form with nothing filled in
     tokenizer.save_pretrained(folder)
