@@ -61,7 +61,7 @@ def load_for_inference(model: str, adapter: Path | None = None) -> tuple[PreTrai
     """
     import torch
 
-    from halfbyte.models import load_model, load_tokenizer
+    from halfbyte.models import load_model, load_tokenizer, resize_vocabulary
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = model
@@ -85,6 +85,7 @@ def load_for_inference(model: str, adapter: Path | None = None) -> tuple[PreTrai
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()  # with the chat template of the training
     tokenizer = load_tokenizer(str(adapter) if has_tokenizer else base)
     quantized = _load_base(base, adapter)
+    resize_vocabulary(quantized, 1 + max(_trained_rows(adapter), default=-1))
     try:
         loaded: Any = PeftModel.from_pretrained(quantized, str(adapter))
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -103,6 +104,12 @@ def _load_base(base: str, adapter: Path) -> PreTrainedModel:
     from halfbyte.train.sft import load_base
 
     return load_base(load_recipe(recipe_file, [f"model_name_or_path={base}"]))
+
+
+def _trained_rows(adapter: Path) -> list[int]:
+    """The tokens whose rows of the embeddings an adapter holds; the base may have to grow to have them."""
+    rows = _adapter_config(adapter).get("trainable_token_indices") or []
+    return [index for group in (rows.values() if isinstance(rows, dict) else [rows]) for index in group]
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:

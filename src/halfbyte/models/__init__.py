@@ -8,7 +8,7 @@ from halfbyte.models.archive_reader import Archive, describe, is_archive
 from halfbyte.models.archive_writer import check_output_archive
 from halfbyte.models.checkpoint import Checkpoint, read_config
 from halfbyte.models.config import HalfbyteConfig
-from halfbyte.models.loading import TASKS, load_config, load_model, load_tokenizer
+from halfbyte.models.loading import TASKS, load_config, load_model, load_tokenizer, resize_vocabulary
 from halfbyte.models.loftq import init_loftq
 from halfbyte.models.quantizer import HalfbyteQuantizer
 from halfbyte.models.saving import check_output_folder, new_folder
@@ -35,5 +35,6 @@ __all__ = [
     "open_checkpoint",
     "quantize_to_archive",
     "read_config",
+    "resize_vocabulary",
     "save_model",
 ]

@@ -110,6 +110,9 @@ class Recipe(BaseModel):
         "all-linear", description="linear modules that get an adapter: a group, or a list of names"
     )
     modules_to_save: tuple[str, ...] = Field((), description="modules that are trained whole and saved")
+    new_tokens: tuple[str, ...] = Field(
+        (), description="words that the tokenizer gets; of the embeddings only their rows are trained"
+    )
     rank_pattern: dict[str, int] = Field({}, description="ranks of single modules, by name")
     alpha_pattern: dict[str, float] = Field({}, description="alphas of single modules, by name")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(lora_r)")
@@ -181,6 +184,13 @@ class Recipe(BaseModel):
             raise ValueError("needs at least two names, no two of which are equal")
         return value
 
+    @field_validator("new_tokens")
+    @classmethod
+    def _different_tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value) or not all(token.strip() for token in value):
+            raise ValueError("names a token twice, or an empty one")
+        return value
+
     @field_serializer("dataset", "eval_dataset")
     def _plain(self, sources: tuple[Source, ...]) -> list[Any]:
         """As short as a person would write it."""
@@ -188,7 +198,7 @@ class Recipe(BaseModel):
         bare = [source == Source(source.path) for source in sources]
         return [entry["path"] if alone else entry for entry, alone in zip(plain, bare, strict=True)]
 
-    @field_validator("target_modules", "modules_to_save", "label_names", mode="before")
+    @field_validator("target_modules", "modules_to_save", "label_names", "new_tokens", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         """YAML has lists; a frozen object holds tuples; a single name stands for a list of one."""

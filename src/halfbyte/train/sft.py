@@ -33,6 +33,7 @@ from halfbyte import env
 from halfbyte.errors import RequestError
 from halfbyte.tensor import QuantizedTensor
 from halfbyte.train.memory import PeakMemory
+from halfbyte.train.new_tokens import Pieces, add_rows, show_bias, tokenizer_of, trained_rows
 from halfbyte.train.optimizers import check_optimizer
 from halfbyte.train.progress import Metrics
 from halfbyte.train.recipe import Recipe, is_hub_name
@@ -58,6 +59,7 @@ class DataInputs:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    pieces: Pieces  # of the new tokens
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,18 @@ def check_request(recipe: Recipe) -> Inputs:
     Raises:
         RequestError: the first thing that is wrong.
     """
-    from halfbyte.models import check_model_folder, load_config, load_tokenizer
+    from halfbyte.models import check_model_folder, load_config
 
     check_optimizer(recipe)
     task = TASKS[recipe.task](recipe)
     if not is_hub_name(recipe.model_name_or_path):
         check_model_folder(recipe.model_name_or_path)
     config = load_config(recipe.model_name_or_path)
-    tokenizer = load_tokenizer(recipe.model_name_or_path)
+    tokenizer, pieces = tokenizer_of(recipe)
     max_length = _max_length(recipe, config, tokenizer)
     model = outline(config, task.model_task)
     targets: str | list[str] = [] if recipe.method == "full" else check_targets(recipe, model.shapes)
-    return Inputs(task, tokenizer, max_length, targets, model.head)
+    return Inputs(task, tokenizer, max_length, pieces, targets, model.head)
 
 
 def check_data(recipe: Recipe) -> DataInputs:
@@ -128,12 +130,12 @@ def check_data(recipe: Recipe) -> DataInputs:
     Raises:
         RequestError: the first thing that is wrong.
     """
-    from halfbyte.models import load_config, load_tokenizer
+    from halfbyte.models import load_config
 
     task = TASKS[recipe.task](recipe)
     config = load_config(recipe.model_name_or_path)
-    tokenizer = load_tokenizer(recipe.model_name_or_path)
-    return DataInputs(task, tokenizer, _max_length(recipe, config, tokenizer))
+    tokenizer, pieces = tokenizer_of(recipe)
+    return DataInputs(task, tokenizer, _max_length(recipe, config, tokenizer), pieces)
 
 
 def _max_length(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -237,7 +239,13 @@ def load_base(recipe: Recipe, *, head: Sequence[str] = (), num_labels: int | Non
     return load_model(path, quantization=quantization, dtype=compute, task=task, num_labels=num_labels)
 
 
-def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str], head: Sequence[str] = ()) -> Any:
+def add_adapter(
+    base: PreTrainedModel,
+    recipe: Recipe,
+    targets: str | list[str],
+    head: Sequence[str] = (),
+    new_tokens: Sequence[int] = (),
+) -> Any:
     """The base with the recipe's adapter, or the base itself for `method: full`. What is trained is float32.
 
     Args:
@@ -245,6 +253,7 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str],
         recipe: says which adapter.
         targets: modules that get one.
         head: modules of a classifier that are trained whole.
+        new_tokens: tokens whose rows of the embeddings are trained.
 
     Raises:
         RequestError: the model folder holds something in 4 bits that is to be trained whole.
@@ -273,6 +282,7 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str],
         # peft's "all-linear" leaves a head out where the task is SEQ_CLS, and not where it is TOKEN_CLS
         exclude_modules=list(head) if recipe.task == "token-classification" else None,
         modules_to_save=[name for name in whole if name not in SEQ_CLS_HEAD_NAMES] or None,  # peft adds those
+        trainable_token_indices=trained_rows(base, new_tokens) if new_tokens else None,
         rank_pattern=dict(recipe.rank_pattern),
         alpha_pattern=dict(recipe.alpha_pattern),
         use_rslora=recipe.use_rslora,
@@ -280,6 +290,7 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str],
         init_lora_weights=recipe.init_lora_weights,
     )
     model = get_peft_model(base, config)
+    show_bias(model)
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft leaves modules_to_save in the base's dtype
             parameter.data = parameter.data.float()
@@ -287,11 +298,13 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str],
 
 
 def _adapted(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, console: Console) -> Any:
-    """The base with what only the data knows, and with the recipe's adapter."""
+    """The base with what only the data knows, with rows for new tokens, and with the recipe's adapter."""
     inputs.task.settle(base, inputs.tokenizer)
+    if inputs.pieces:
+        add_rows(base, inputs.pieces)
     report: Any = base.halfbyte_report
     console.print(f"base: {report}")
-    model = add_adapter(base, recipe, inputs.targets, inputs.head)
+    model = add_adapter(base, recipe, inputs.targets, inputs.head, list(inputs.pieces))
     return model
 
 
