@@ -117,8 +117,8 @@ class Recipe(BaseModel):
     alpha_pattern: dict[str, float] = Field({}, description="alphas of single modules, by name")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(lora_r)")
     use_dora: bool = Field(False, description="train a magnitude beside the direction")
-    init_lora_weights: bool | Literal["gaussian", "orthogonal", "pissa", "olora"] = Field(
-        True, description="how the adapter starts; true: it changes nothing at first"
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "pissa", "olora", "loftq"] = Field(
+        True, description="how the adapter starts; true: it changes nothing at first; loftq: at what quantization lost"
     )
 
     adapter_dtype: Literal["float32", "bf16", "nf4"] = Field(
@@ -322,9 +322,15 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
                 found.append(
                     f"{key} is {values[key]!r} but method is 'full', which has no adapter; choose qlora or lora."
                 )
+    method = values.get("method", Recipe.model_fields["method"].default)
+    if values.get("init_lora_weights") == "loftq" and method in ("lora", "full"):
+        found.append(f"init_lora_weights is 'loftq' but method is {method!r}, whose base loses nothing; choose qlora.")
+    if values.get("init_lora_weights") == "loftq" and values.get("use_dora"):
+        found.append(
+            "init_lora_weights is 'loftq', but use_dora is true, whose magnitudes are of other weights; choose one."
+        )
     optim, paged = values.get("optim"), values.get("paged")
     if isinstance(optim, str) and optim.startswith("galore"):
-        method = values.get("method", Recipe.model_fields["method"].default)
         if method not in ("full", None):
             found.append(
                 f"optim is {optim!r}, which projects whole matrices, but method is {method!r}; choose adamw_8bit, or "

@@ -119,6 +119,11 @@ def check_request(recipe: Recipe) -> Inputs:
     config = load_config(recipe.model_name_or_path)
     tokenizer, pieces = tokenizer_of(recipe)
     max_length = _max_length(recipe, config, tokenizer)
+    if recipe.init_lora_weights == "loftq" and getattr(config, "quantization_config", None):
+        raise RequestError(
+            f"init_lora_weights is 'loftq', which starts from the weights before quantization, but those of "
+            f"{recipe.model_name_or_path} are quantized already; name the model that it was made from."
+        )
     model = outline(config, task.model_task)
     targets: str | list[str] = [] if recipe.method == "full" else check_targets(recipe, model.shapes)
     return Inputs(task, tokenizer, max_length, pieces, targets, model.head)
@@ -287,7 +292,7 @@ def add_adapter(
         alpha_pattern=dict(recipe.alpha_pattern),
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
-        init_lora_weights=recipe.init_lora_weights,
+        init_lora_weights=True if recipe.init_lora_weights == "loftq" else recipe.init_lora_weights,
     )
     model = get_peft_model(base, config)
     show_bias(model)
@@ -305,6 +310,11 @@ def _adapted(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, console: Con
     report: Any = base.halfbyte_report
     console.print(f"base: {report}")
     model = add_adapter(base, recipe, inputs.targets, inputs.head, list(inputs.pieces))
+    if recipe.init_lora_weights == "loftq":
+        from halfbyte.models import init_loftq
+
+        share = init_loftq(model, recipe.model_name_or_path)
+        console.print(f"adapter: starts with {share:.1%} of the squared quantization error, by LoftQ")
     return model
 
 
