@@ -37,7 +37,7 @@ from halfbyte.errors import RecipeError, nearest
 from halfbyte.formats import BLOCK_SIZES, FORMATS
 
 Method = Literal["qlora", "lora", "full"]
-TaskName = Literal["causal-lm", "preference", "sequence-classification", "token-classification"]
+TaskName = Literal["causal-lm", "preference", "kto", "sequence-classification", "token-classification"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adamw_4bit", "galore_adamw", "galore_adamw_8bit"]
 # What transformers and bitsandbytes call them; a name that begins with "paged_" also says so.
 OPTIMIZER_ALIASES = {
@@ -64,7 +64,8 @@ class Recipe(BaseModel):
     method: Method = Field("qlora", description="qlora: frozen base in few bits; lora: frozen base; full: all weights")
     task: TaskName = Field(
         "causal-lm",
-        description="what is learnt: to write, to prefer one answer (DPO), or to say the class of a text, or of a word",
+        description="what is learnt: to write, to prefer one answer of two (DPO), to give good answers (KTO), or to "
+        "say the class of a text, or of a word",
     )
     seed: int = Field(42, ge=0, description="of initialisation, order and dropout")
 
@@ -94,7 +95,7 @@ class Recipe(BaseModel):
         (), description="names of the classes, by number where labels are integers; []: those of the training data"
     )
     dpo_beta: float = Field(
-        0.1, gt=0, description="preference: how dear it is to move away from the model at the start"
+        0.1, gt=0, description="preference and kto: how dear it is to move away from the model at the start"
     )
 
     format: str = Field("nf4", description="number format of the frozen base (qlora)")
@@ -308,9 +309,11 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     metric = values.get("eval_metric")
     if metric in ("accuracy", "f1") and task == "causal-lm":
         found.append(f"eval_metric is {metric!r} but task is 'causal-lm', whose answers are texts; choose exact_match.")
-    if metric == ("f1" if task == "preference" else "exact_match") and task not in ("causal-lm", None):
+    if task == "kto" and values.get("per_device_train_batch_size") == 1:
+        found.append("task is 'kto', which compares rows of a batch, but per_device_train_batch_size is 1; choose 2.")
+    if metric == ("f1" if task in ("preference", "kto") else "exact_match") and task not in ("causal-lm", None):
         found.append(f"eval_metric is {metric!r} but task is {task!r}; choose accuracy.")
-    if values.get("label_names") and task in ("causal-lm", "preference"):
+    if values.get("label_names") and task in ("causal-lm", "preference", "kto"):
         found.append(f"label_names are set but task is {task!r}, which has no classes; leave them out.")
     if values.get("eval_steps") is None:
         for key in ("load_best_model_at_end", "early_stopping_patience"):

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | causal-lm               | a conversation, a text | nothing new               | tokens                |
 | preference              | two answers            | nothing new               | which one is better   |
+| kto                     | a judged answer        | nothing new               | whether it is good    |
 | sequence-classification | a text and its label   | a head, one row per class | the class of a text   |
 | token-classification    | words and their tags   | a head, one row per class | the class of a word   |
 
@@ -29,10 +30,12 @@ from halfbyte.data import (
     label_names,
     pack,
     read_examples,
+    read_judgments,
     read_labelled,
     read_preferences,
     read_tagged,
     tokenize,
+    tokenize_judgments,
     tokenize_labelled,
     tokenize_preferences,
     tokenize_tagged,
@@ -145,10 +148,11 @@ class Preferring(Task):
     """preference: direct preference optimization on pairs of answers."""
 
     peft_type = "CAUSAL_LM"
+    _read: ClassVar[Callable[..., Examples[Any]]] = staticmethod(read_preferences)
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.examples, self.eval_examples = _read(read_preferences, recipe)
+        self.examples, self.eval_examples = _read(self._read, recipe)
 
     def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """Both answers by the tokenizer's chat template."""
@@ -167,6 +171,22 @@ class Preferring(Task):
         """Which chat template it was, and a question that the model can be asked afterwards."""
         pair = next(iter(self.eval_examples or self.examples))
         return {"chat_template": Renderer(tokenizer).digest, "example_prompt": pair.prompt[0]["content"]}
+
+
+class Judging(Preferring):
+    """kto: Kahneman-Tversky optimization on answers that are judged good or bad."""
+
+    _read: ClassVar[Callable[..., Examples[Any]]] = staticmethod(read_judgments)
+
+    def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+        """Prompt and answer by the tokenizer's chat template."""
+        return tokenize_judgments(examples, Renderer(tokenizer), max_length=max_length)
+
+    def trainer(self) -> type[Guards]:
+        """trl's, guarded."""
+        from halfbyte.train.judgment import JudgmentTrainer
+
+        return JudgmentTrainer
 
 
 class Classifying(Task):
@@ -233,6 +253,7 @@ class Tagging(Classifying):
 TASKS: dict[str, type[Task]] = {
     "causal-lm": Writing,
     "preference": Preferring,
+    "kto": Judging,
     "sequence-classification": Classifying,
     "token-classification": Tagging,
 }
