@@ -93,7 +93,7 @@ def tokenize_tagged(
     kept = np.array([len(ids) for ids in encoded["input_ids"]])
     problems = Problems()
     rows, cut, silent = [], 0, 0
-    for example, offsets, is_cut in zip(examples, encoded["offset_mapping"], kept < whole, strict=True):
+    for example, offsets, is_cut in zip(examples, encoded["offset_mapping"], (kept < whole).tolist(), strict=True):
         with problems.collect():
             tags = [label_index(tag, names, f"{example.where}: the tag") for tag in example.label]
             first = first_tokens(example.texts, offsets)
