@@ -130,3 +130,36 @@ def test_real_labels_are_shown(assets, tmp_path):
     result = CliRunner().invoke(app, ["data", str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 0, result.output
     assert "label 1 444" in lines(result.stdout)
+
+
+def test_answers_are_shown_with_what_is_said_of_them(show, write_rows):
+    pairs = write_rows([{"prompt": "q", "chosen": "yes", "rejected": "no"}], "pairs.jsonl")
+    told = lines(show(dataset=str(pairs), task="preference"))
+    assert f"{pairs}, line 1, 10 tokens" in told
+    text = " ".join(told)
+    assert "chosen: <s><|user|>q</s> <|assistant|>⟦yes</s>⟧" in text
+    assert "rejected: <s><|user|>q</s> <|assistant|>⟦no</s>⟧" in text
+    judged = [{"prompt": "q", "completion": "yes", "label": True}, {"prompt": "q", "completion": "no", "label": False}]
+    text = " ".join(lines(show(dataset=str(write_rows(judged)), task="kto")))
+    assert "good: <s><|user|>q</s> <|assistant|>⟦yes</s>⟧" in text
+    assert "bad: <s><|user|>q</s> <|assistant|>⟦no</s>⟧" in text
+
+
+def test_tagged_words_are_shown_with_their_tags(show, write_rows):
+    rows = [{"tokens": ["ab", "c"], "tags": ["B-X", "O"]}] * 2
+    told = lines(show(dataset=str(write_rows(rows)), task="token-classification"))
+    assert "a/B-Xb c/O" in told
+    assert "label B-X 2" in told and "label O 2" in told
+    assert any(line.startswith("odd: 1 rows repeat an earlier row") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "said"),
+    [("dpo_en_demo.json", "preference", ("chosen: ", "rejected: ")), ("kto_en_demo.json", "kto", ("good: ", "bad: "))],
+)
+def test_real_answers_are_shown(show, assets, name, task, said):
+    model = str(assets / "models" / "stories260K")
+    data = str(assets / "instruct" / "llama-factory" / name)
+    text = show("-n", "9", dataset=data, task=task, model_name_or_path=model)
+    assert all(word in text for word in said)
+    assert "⟦" in text and "rows" in text

@@ -62,7 +62,7 @@ def test_a_bad_file_is_told_with_its_line(tmp_path, name):
 
 def test_a_label_that_was_not_trained_is_told_with_its_line(write_rows, tiny_tokenizer):
     examples = read_labelled([write_rows([{"text": "a", "label": "good"}, {"text": "b", "label": "goood"}])])
-    with pytest.raises(DataError, match=r"line 2: the label 'goood' is not in the training data; did you mean 'good'"):
+    with pytest.raises(DataError, match=r"line 2: the label 'goood' is not among the classes; did you mean 'good'"):
         tokenize_labelled(examples, tiny_tokenizer, ("bad", "good"), max_length=9)
 
 

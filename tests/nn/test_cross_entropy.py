@@ -133,3 +133,21 @@ def test_chunks_shrink_with_the_vocabulary():
     assert chunk_rows(32_000, 2) == CHUNK_ROWS
     assert CHUNK_ROWS_LEAST < chunk_rows(128_000, 2) < CHUNK_ROWS
     assert chunk_rows(1 << 20, 4) == CHUNK_ROWS_LEAST
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7), (600, 17, 33)])
+def test_rows_stand_in_for_those_of_the_matrix(shape):
+    """In float64: the loss is that of the matrix with these rows, and they alone have a gradient."""
+    hidden, weight, bias, labels = make(*shape, torch.float64)
+    index = [shape[2] - 1, 0]
+    values = torch.randn(2, shape[1], dtype=torch.float64, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, labels, bias, rows=(index, values))
+    got = torch.autograd.grad(loss, (hidden, values, bias))
+    whole = weight.detach().index_copy(0, torch.tensor(index), values)
+    wanted = cross_entropy(hidden @ whole.t() + bias, labels)
+    assert torch.allclose(loss.double(), wanted, rtol=2.0**-23)
+    for one, other in zip(got, torch.autograd.grad(wanted, (hidden, values, bias)), strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-9)
+    assert torch.autograd.grad(
+        linear_cross_entropy(hidden, weight, labels, rows=(index, values)), weight, allow_unused=True
+    ) == (None,)

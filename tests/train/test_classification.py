@@ -27,27 +27,6 @@ def texts(count, seed):
     return rows
 
 
-@pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory):
-    """A folder with a random BERT (hidden 64, 2 layers), as masked-language-model training leaves it: no pooler."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words = [*special, *"abcdefghijklmnopqrstuvwxyz"]
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
-    folder = tmp_path_factory.mktemp("tiny_bert")
-    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    config = BertConfig(vocab_size=len(words), max_position_embeddings=32, initializer_range=0.2, **sizes)
-    BertForMaskedLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def run(tiny_bert, write_rows, tmp_path):
     def start(model=tiny_bert, evaluator=None, **keys):
@@ -88,6 +67,7 @@ def test_an_encoder_learns_to_classify(run, keys):
     assert abs(summary["before"]["eval_accuracy"] - 0.5) < 0.2
     assert summary["after"]["eval_accuracy"] >= 0.95
     assert summary["after"]["eval_f1"] >= 0.95
+    assert summary["after"]["eval_f1_binary"] >= 0.95
     assert summary["after"]["eval_loss"] < summary["before"]["eval_loss"]
     assert (summary["quantized_share"] > 0.5) == (keys["method"] == "qlora")
     assert summary["trained_dtypes"] == ["float32"]
@@ -212,3 +192,30 @@ def test_f1_is_the_mean_over_the_classes_that_occur(monkeypatch):
     assert means["accuracy"] == pytest.approx(3 / 5)
     assert means["f1"] == pytest.approx((2 * 2 / (2 + 3) + 2 * 1 / (3 + 1) + 0) / 3)
     assert set(means) == {"loss", "accuracy", "f1"}
+
+
+def test_f1_of_two_classes_is_also_that_of_the_second():
+    """By hand: class 1 is said 3 times and is so twice, both times when it is said."""
+    from halfbyte.train.classifier import ClassifierTrainer
+
+    trainer = ClassifierTrainer.__new__(ClassifierTrainer)
+    given, found = torch.tensor([1, 1, 0, 0]), torch.tensor([1, 1, 1, 0])
+    means = trainer.means(Counter({"loss": 1.0, "accuracy": 3, "count": 4, **trainer.counts(found, given, 2)}))
+    assert means["f1_binary"] == pytest.approx(2 * 2 / (3 + 2))
+    assert means["f1"] == pytest.approx((2 * 2 / (3 + 2) + 2 * 1 / (1 + 2)) / 2)
+
+
+def test_classes_can_be_named_by_number(run, write_rows):
+    rows = [{"text": row["text"], "label": int(row["label"] == "late")} for row in texts(16, 0)]
+    held_out = [{"text": "a b", "label": "early"}, {"text": "z", "label": 1}]
+    keys = {"label_names": ["early", "late", "never"], "max_steps": 1}
+    folder, summary = run(dataset=str(write_rows(rows)), eval_dataset=str(write_rows(held_out, "e.jsonl")), **keys)
+    assert summary["labels"] == ["early", "late", "never"]
+    assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": "early", "1": "late", "2": "never"}
+
+
+def test_a_class_that_only_rows_held_out_have_is_known(run, write_rows):
+    """They come from the same file, so it cannot be a mistake in one of two files."""
+    rows = [*texts(14, 0), {"text": "m", "label": "middle"}]
+    _, summary = run(dataset=str(write_rows(rows)), eval_dataset=[], eval_split=8, max_steps=1)
+    assert summary["labels"] == ["early", "late", "middle"]

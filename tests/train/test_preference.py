@@ -94,6 +94,35 @@ def test_the_chosen_answers_come_to_lead(tiny_llama, data, tmp_path, keys):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["example_prompt"] == "a"
 
 
+@pytest.mark.parametrize("keys", [{"init_lora_weights": "pissa"}, {"lora_bias": "lora_only"}], ids=str)
+def test_stock_peft_gives_the_log_probabilities_of_the_run(tiny_llama, data, rows, tmp_path, keys):
+    """A second adapter, trl's reference, would have changed the base once more, and would be saved, too."""
+    from peft import PeftModel
+
+    from halfbyte.train.sft import load_base
+
+    paths = {"model_name_or_path": str(tiny_llama), "output_dir": str(tmp_path / "run"), "dataset": data}
+    sizes = {"lora_r": 4, "learning_rate": 5e-3, "max_steps": 2, "compute_dtype": "float32"}
+    recipe = make_recipe({**paths, "task": "preference", "eval_dataset": data, **sizes, **keys})
+    found = []
+
+    def look(model, tokenizer, examples):
+        found.append(log_probabilities(model.eval(), rows))
+        return {}
+
+    train(recipe, evaluator=look, console=Console(file=io.StringIO()))
+    loaded = PeftModel.from_pretrained(load_base(recipe), tmp_path / "run").eval()
+    assert torch.equal(log_probabilities(loaded, rows), found[-1])
+    assert not (tmp_path / "run" / "ref").exists()
+
+
+def test_there_is_one_adapter(make_trainer):
+    trainer = make_trainer()
+    assert list(trainer.model.peft_config) == ["default"]
+    assert not any(".ref." in name for name, _ in trainer.model.named_parameters())
+    assert trainer.model.get_parameter.__self__ is trainer.model
+
+
 @pytest.mark.parametrize("init", [True, "gaussian", "pissa", "olora"])
 def test_the_reference_is_the_model_at_the_start(make_trainer, rows, init, tmp_path):
     """Also where the adapter does not start at zero: then switching it off would give another model (trl#4723)."""
@@ -110,14 +139,18 @@ def test_the_reference_is_the_model_at_the_start(make_trainer, rows, init, tmp_p
 
 
 def test_a_kept_reference_is_used_for_the_same_rows_only(make_trainer, rows, tmp_path):
+    from halfbyte.train.preference import COLUMNS
+    from halfbyte.train.reference import with_reference
+
     trainer = make_trainer()
     first = trainer.train_dataset["ref_chosen_logps"][:]
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(0.1)
-    same = trainer._with_reference(rows, tmp_path / "train_reference.safetensors")
+    path = tmp_path / "train_reference.safetensors"
+    same = with_reference(trainer, rows, path, COLUMNS, trainer._log_probabilities)
     assert same["ref_chosen_logps"][:] == first
-    others = trainer._with_reference(rows.select([1, 0, 2]), tmp_path / "train_reference.safetensors")
+    others = with_reference(trainer, rows.select([1, 0, 2]), path, COLUMNS, trainer._log_probabilities)
     assert not torch.allclose(torch.tensor(others["ref_chosen_logps"][:]), torch.tensor(first)[[1, 0, 2]])
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from halfbyte.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
@@ -42,9 +44,11 @@ def open_engine(model: str, adapters: dict[str, Path], **options: Any) -> Engine
         CheckpointError: see `load_model`; or an adapter whose base is not named.
         RequestError: a classifier, which writes no answers.
     """
+    import torch
+
     from halfbyte import env
     from halfbyte.infer import Engine
-    from halfbyte.models import load_model, load_tokenizer
+    from halfbyte.models import load_model, load_tokenizer, other_base, resize_vocabulary
 
     if Path(model).exists():
         env.go_offline()
@@ -57,10 +61,17 @@ def open_engine(model: str, adapters: dict[str, Path], **options: Any) -> Engine
         base = str(_json(own / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
         if not base:
             raise CheckpointError(f"adapter {own} does not name its base; give the base as MODEL and --adapter {own}.")
+    rows = 0
     for path in adapters.values():
         if (path / "recipe.yaml").is_file():
             recipe = recipe or path / "recipe.yaml"
+        if warning := other_base(path, base):
+            typer.echo(f"halfbyte: {warning}", err=True)
+        rows = max(rows, 1 + max(_trained_rows(path), default=-1))
     loaded = load_model(base) if recipe is None else _load_as_trained(base, recipe)
+    resize_vocabulary(loaded, rows)
+    if torch.cuda.is_available():
+        loaded = loaded.to("cuda")
     with_tokenizer = next((path for path in adapters.values() if (path / "tokenizer_config.json").is_file()), None)
     tokenizer = load_tokenizer(with_tokenizer or base)  # an adapter's has the chat template of its training
     return Engine(loaded, adapters, tokenizer=tokenizer, **options)
@@ -73,14 +84,24 @@ def _load_as_trained(base: str, recipe: Path) -> Any:
     return load_base(load_recipe(recipe, [f"model_name_or_path={base}"]))
 
 
+def _trained_rows(adapter: Path) -> list[int]:
+    """The tokens whose rows of the embeddings an adapter holds; the base may have to grow to have them."""
+    path = adapter / ADAPTER_CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"adapter folder {adapter} has no {ADAPTER_CONFIG}.")
+    rows = _json(path).get("trainable_token_indices") or []
+    return [index for group in (rows.values() if isinstance(rows, dict) else [rows]) for index in group]
+
+
 def _refuse_classifier(folder: Path) -> None:
     """A classifier's config would load as a language model of the same type, with a head that nobody trained."""
     path = folder / "config.json"
     architectures = (_json(path).get("architectures") if path.is_file() else None) or [""]
-    if architectures[0].endswith("ForSequenceClassification"):
+    kind = architectures[0].partition("For")[2]
+    if kind in ("SequenceClassification", "TokenClassification"):
         raise RequestError(
             f"{folder} is a classifier ({architectures[0]}) and writes no answers; load it in Python with "
-            "transformers' AutoModelForSequenceClassification, or name a run of task causal-lm."
+            f"transformers' AutoModelFor{kind}, or name a run of task causal-lm."
         )
 
 

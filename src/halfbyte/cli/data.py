@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from halfbyte.data import LengthReport, Oddity, Tokenized
     from halfbyte.train.sft import DataInputs
 
 LETTERS = 2_000  # of a row that are shown
+# Columns with answers, and what is said of them; a judged one says it itself.
+ANSWERS = {"chosen_ids": "chosen", "rejected_ids": "rejected", "completion_ids": ""}
 
 
 def data(
@@ -54,7 +56,7 @@ def _show_rows(console: Console, inputs: DataInputs, rows: Tokenized, count: int
     """The first rows, and the longest."""
     from rich.text import Text
 
-    from halfbyte.data import shown_row
+    from halfbyte.data import shown_row, shown_tags
 
     labels = inputs.task.labels
     chosen = list(range(min(count, len(rows.dataset))))
@@ -63,8 +65,12 @@ def _show_rows(console: Console, inputs: DataInputs, rows: Tokenized, count: int
     for index in dict.fromkeys(chosen):
         row = rows.dataset[index]
         longest = ", the longest" if index == chosen[-1] and rows.facts is not None else ""
-        console.print(f"[bold]{_origin(inputs, rows, index)}{longest}, {len(row['input_ids'])} tokens[/]")
-        if labels:
+        console.print(f"[bold]{_origin(inputs, rows, index)}{longest}, {_length(row)} tokens[/]")
+        if "prompt_ids" in row:
+            text = _shown_answers(row, inputs, colour=console.is_terminal)
+        elif labels and isinstance(row["labels"], list):
+            text = shown_tags(row["input_ids"], row["labels"], labels, inputs.tokenizer)
+        elif labels:
             text = Text(str(inputs.tokenizer.decode(row["input_ids"])))
             text.append(f"  -> {labels[row['labels']]}", "bold green")
         else:
@@ -72,12 +78,36 @@ def _show_rows(console: Console, inputs: DataInputs, rows: Tokenized, count: int
         if len(text) > LETTERS:
             text = text[:LETTERS].append(f" ... and {len(text) - LETTERS:,} letters more", "italic")
         console.print(text, end="\n\n")
-    if rows.report.trained is not None and count:
+    if count and not labels:
         console.print("Trained tokens are green." if console.is_terminal else "Trained tokens stand in ⟦ ⟧.")
+
+
+def _length(row: dict[str, Any]) -> int:
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    return len(row["prompt_ids"]) + max(len(row[name]) for name in row if name in ANSWERS)
+
+
+def _shown_answers(row: dict[str, Any], inputs: DataInputs, *, colour: bool) -> Text:
+    """A prompt with each of its answers, and what is said of the answer."""
+    from rich.text import Text
+
+    from halfbyte.data import IGNORE, shown_row
+
+    prompt, shown = row["prompt_ids"], Text()
+    for name, verdict in ANSWERS.items():
+        if name in row:
+            ids, labels = prompt + row[name], [IGNORE] * len(prompt) + row[name]
+            said = verdict or ("good" if row["label"] else "bad")
+            shown.append("\n" if shown else "").append(f"{said}: ", "bold")
+            shown.append(shown_row(ids, labels, inputs.tokenizer, colour=colour))
+    return shown
 
 
 def _origin(inputs: DataInputs, rows: Tokenized, index: int) -> str:
     """The file and line that a row is from; a block of text may be from several."""
+    if rows.facts is None and rows.report.dropped:  # which ones, is not known
+        return f"row {index + 1}"
     position = index if rows.facts is None else int(rows.facts.origin[index])
     return "a block of text" if position < 0 else str(next(iter(inputs.task.examples.take([position]))).where)
 
@@ -85,6 +115,8 @@ def _origin(inputs: DataInputs, rows: Tokenized, index: int) -> str:
 def _show_lengths(console: Console, inputs: DataInputs, train: LengthReport, held_out: LengthReport | None) -> None:
     from rich import box
     from rich.table import Table
+
+    from halfbyte.data import count_labels
 
     table = Table("", "trained on", *(["measured on"] if held_out else []), box=box.SIMPLE_HEAD)
     reports = [train, *([held_out] if held_out else [])]
@@ -103,8 +135,7 @@ def _show_lengths(console: Console, inputs: DataInputs, train: LengthReport, hel
     add("dropped (no answer within max_length)", [f"{r.dropped:,}" for r in reports])
     add("tokens lost by both", [f"{r.lost:,}" for r in reports])
     if inputs.task.labels:
-        counts = Counter(example.label for example in inputs.task.examples)
-        counted = Counter(example.label for example in inputs.task.eval_examples)
+        counts, counted = count_labels(inputs.task.examples), count_labels(inputs.task.eval_examples)
         for label in inputs.task.labels:
             add(f"label {label}", [f"{counts[label]:,}", *([f"{counted[label]:,}"] if held_out else [])])
     console.print(table)
@@ -119,7 +150,9 @@ def _show_oddities(console: Console, inputs: DataInputs, rows: Tokenized, held_o
     from halfbyte.data import odd_labels, odd_rows
 
     found: list[Oddity]
-    if inputs.task.labels:
+    if rows.facts is None and not inputs.task.labels:  # answers that are preferred or judged
+        found = []
+    elif inputs.task.labels:
         found = odd_labels(inputs.task.examples)
     else:
         found = odd_rows(rows, inputs.task.examples, inputs.max_length, held_out=held_out)

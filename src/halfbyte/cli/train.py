@@ -65,8 +65,14 @@ def _report(recipe: Recipe, summary: dict[str, Any]) -> None:
         table.add_row(name, f"{before['exact_match']:.1%}", f"{after['exact_match']:.1%}")
     if "eval_accuracy" in after:
         table.add_row("accuracy on eval_dataset", f"{before['eval_accuracy']:.1%}", f"{after['eval_accuracy']:.1%}")
-    if "eval_f1" in after:
-        table.add_row("F1 on eval_dataset, mean of classes", f"{before['eval_f1']:.1%}", f"{after['eval_f1']:.1%}")
+    for key, name in (
+        ("eval_f1", "F1 on eval_dataset, " + ("of entities" if "eval_recall" in after else "mean of classes")),
+        ("eval_f1_binary", f"F1 of the class {summary.get('labels', [''])[-1]}"),
+        ("eval_precision", "precision"),
+        ("eval_recall", "recall"),
+    ):
+        if key in after:
+            table.add_row(name, f"{before[key]:.1%}", f"{after[key]:.1%}")
     if "eval_loss" in after:
         table.add_row("loss on eval_dataset", f"{before['eval_loss']:.4f}", f"{after['eval_loss']:.4f}")
     if "eval_margin" in after:
@@ -88,7 +94,7 @@ def _report(recipe: Recipe, summary: dict[str, Any]) -> None:
     console.print(table)
     what = "model" if recipe.method == "full" else "adapter"
     where = _short(recipe.output_dir)
-    if recipe.task != "sequence-classification":
+    if "labels" not in summary:
         prompt = shlex.quote(summary["example_prompt"] or "...")
         typer.echo(f"The {what} lies in {where}. Talk to it:\n  {_program()} generate {where} --prompt {prompt}")
     else:
@@ -99,13 +105,19 @@ def _report(recipe: Recipe, summary: dict[str, Any]) -> None:
 def classifier_lines(recipe: Recipe, whole: list[str], where: str) -> list[str]:
     """Python that asks a trained classifier, by stock transformers and peft.
 
-    An adapter was fitted to the base as the run quantized it, so that is how the base is loaded again.
+    An adapter was fitted to the base as the run quantized it, so that is how the base is loaded again. A word of
+    several tokens has the tag of the first, as it was trained.
     """
+    auto, pipeline = {
+        "sequence-classification": ("AutoModelForSequenceClassification", '"text-classification"'),
+        "token-classification": ("AutoModelForTokenClassification", '"token-classification"'),
+    }[recipe.task]
+    first = ', aggregation_strategy="first"' if recipe.task == "token-classification" else ""
     if recipe.method == "full":
-        return ["from transformers import pipeline", f'print(pipeline("text-classification", "{where}")("..."))']
+        return ["from transformers import pipeline", f'print(pipeline({pipeline}, "{where}"{first})("..."))']
     lines = [
         "from peft import PeftModel",
-        "from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline",
+        f"from transformers import AutoConfig, {auto}, pipeline",
         f'base, run, options = "{recipe.model_name_or_path}", "{where}", {{}}',
     ]
     if recipe.method == "qlora":
@@ -117,8 +129,8 @@ def classifier_lines(recipe: Recipe, whole: list[str], where: str) -> list[str]:
     return [
         *lines,
         "config = AutoConfig.from_pretrained(run)",
-        "model = AutoModelForSequenceClassification.from_pretrained(base, config=config, **options)",
-        'classify = pipeline("text-classification", PeftModel.from_pretrained(model, run), tokenizer=run)',
+        f"model = {auto}.from_pretrained(base, config=config, **options)",
+        f"classify = pipeline({pipeline}, PeftModel.from_pretrained(model, run), tokenizer=run{first})",
         'print(classify("..."))',
     ]
 

@@ -8,6 +8,7 @@ One direction, one module for each step:
     conversations.py   a row becomes an example: messages, or plain text
     preferences.py     a row becomes a pair of answers, or an answer and whether it is good
     labels.py          a row becomes a text and the name of its class; the way of a classifier, which renders nothing
+    tagged.py          a row becomes words and their tags, and these stand at the first tokens of the words
     examples.py        the rows of all sources as one sequence: checked, mixed by weight, split by seed
     render.py          messages become the text a model sees; the same renderer serves training and inference
     tokens.py          text becomes token ids and labels; what is not trained is known here, and nowhere later
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from halfbyte.data.conversations import Example, read_examples
 from halfbyte.data.examples import Examples
-from halfbyte.data.labels import LabelledText, label_names, read_labelled, tokenize_labelled
+from halfbyte.data.labels import LabelledText, count_labels, label_names, read_labelled, tokenize_labelled
 from halfbyte.data.lengths import LengthReport, RowFacts, Tokenized
 from halfbyte.data.packing import check_isolation, pack
 from halfbyte.data.pairs import tokenize_judgments, tokenize_preferences
@@ -31,6 +32,7 @@ from halfbyte.data.problems import Problems
 from halfbyte.data.read import Row, read_rows
 from halfbyte.data.render import IGNORE, Renderer
 from halfbyte.data.sources import Source, is_hub_dataset
+from halfbyte.data.tagged import TaggedText, read_tagged, shown_tags, tokenize_tagged
 from halfbyte.data.tokens import pad_rows, tokenize
 from halfbyte.data.turns import Message
 
@@ -49,8 +51,10 @@ __all__ = [
     "Row",
     "RowFacts",
     "Source",
+    "TaggedText",
     "Tokenized",
     "check_isolation",
+    "count_labels",
     "is_hub_dataset",
     "label_names",
     "odd_labels",
@@ -62,9 +66,12 @@ __all__ = [
     "read_labelled",
     "read_preferences",
     "read_rows",
+    "read_tagged",
     "shown_row",
+    "shown_tags",
     "tokenize",
     "tokenize_judgments",
     "tokenize_labelled",
     "tokenize_preferences",
+    "tokenize_tagged",
 ]

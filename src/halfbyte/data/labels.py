@@ -5,17 +5,19 @@
 | a text | `text` or `sentence`, and `label`                             |
 | a pair | `sentence1`, `sentence2` or `premise`, `hypothesis`, `label`  |
 
-A label is text or an integer, and its name is how it is written: `positive`, `1`. The classes are those of the training
-data, sorted, and nothing else: a label that turns up only in the evaluation data is a mistake in one of the two files,
-since no training could ever have made the model say it. They are kept in the model's config as `id2label`, so that an
-answer comes back as a name and not as a number that somebody has to remember.
+A label is text or an integer, and its name is how it is written: `positive`, `1`. Unless a recipe names them, the
+classes are those of the training data, sorted, and nothing else: a label that turns up only in the evaluation data is
+a mistake in one of the two files, since no training could ever have made the model say it. Where a recipe does name
+them, an integer is a place among these names. They are kept in the model's config as `id2label`, so that an answer
+comes back as a name and not as a number that somebody has to remember.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -62,17 +64,40 @@ def _parser(first: Row) -> Callable[[Row], LabelledText]:
     return lambda row: LabelledText(row.where, _texts(row, columns), _label(row))
 
 
-def label_names(examples: Collection[LabelledText]) -> tuple[str, ...]:
+class Labelled(Protocol):
+    """A row with one label, or with one for each of its words."""
+
+    @property
+    def where(self) -> str:
+        """The file and line it came from."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Its text, its pair of texts, or its words."""
+
+    @property
+    def label(self) -> str | tuple[str, ...]:
+        """The name of its class, or of those of its words."""
+
+
+def count_labels(examples: Iterable[Labelled]) -> Counter[str]:
+    """How often each label occurs."""
+    counts: Counter[str] = Counter()
+    for example in examples:
+        counts.update([example.label] if isinstance(example.label, str) else example.label)
+    return counts
+
+
+def label_names(examples: Collection[Labelled]) -> tuple[str, ...]:
     """The classes of a training set, sorted: integers by value, otherwise by letter.
 
     Raises:
         DataError: there is only one, and nothing to tell apart.
     """
-    names = {example.label for example in examples}
+    names = count_labels(examples)
     if len(names) < 2:
-        first = next(iter(examples))
         raise DataError(
-            f"all {len(examples)} rows from {first.where} on have the label {first.label!r}; "
+            f"all {len(examples)} rows from {next(iter(examples)).where} on have the label {next(iter(names))!r}; "
             "a classifier needs at least two."
         )
     if all(_is_integer(name) for name in names):
@@ -100,24 +125,51 @@ def tokenize_labelled(
     from datasets import Dataset
 
     examples = list(examples)
-    index = {name: number for number, name in enumerate(names)}
+    labels = []
     problems = Problems()
     for example in examples:
         if len(example.texts) != len(examples[0].texts):
             problems.add(f"{example.where}: there are {len(example.texts)} texts, and {len(examples[0].texts)} before.")
-        if example.label not in index:
-            hint = nearest(example.label, names)
-            problems.add(f"{example.where}: the label {example.label!r} is not in the training data; {hint}.")
+        with problems.collect():
+            labels.append(label_index(example.label, names, f"{example.where}: the label"))
     problems.check()
     sides = list(zip(*(example.texts for example in examples), strict=True))
     whole = tokenizer(*map(list, sides), verbose=False)["input_ids"]
     encoded = tokenizer(*map(list, sides), truncation=True, max_length=max_length)
     columns = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
-    labels = [index[example.label] for example in examples]
     lengths = np.array([len(ids) for ids in whole])
     kept = np.array([len(ids) for ids in encoded["input_ids"]])
     report = length_report(lengths, kept)
     return Tokenized(Dataset.from_dict({**columns, "labels": labels}), report)
+
+
+def label_index(name: str, names: Sequence[str], what: str) -> int:
+    """The place of a label among the classes: that of its name, or the integer that it is.
+
+    Args:
+        name: the label, as `name_of_label` gives it.
+        names: the classes.
+        what: how a message about it begins.
+
+    Raises:
+        DataError: it is none of them.
+    """
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) < len(names) and not any(_is_integer(one) for one in names):
+        return int(name)
+    raise DataError(f"{what} {name!r} is not among the classes; {nearest(name, names)}")
+
+
+def name_of_label(value: Any, where: str, column: str) -> str:
+    """What a label is called.
+
+    Raises:
+        DataError: it is neither text nor an integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{where}: the column {column!r} must be text or an integer, it is a {type(value).__name__}.")
+    return str(value).strip()
 
 
 def _recognise(row: Row) -> tuple[str, ...]:
@@ -153,11 +205,7 @@ def _label(row: Row) -> str:
     value = row.columns.get(LABEL)
     if value is None or value == "":
         raise DataError(f"{row.where}: the column {LABEL!r} is missing, which sequence-classification data needs.")
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(
-            f"{row.where}: the column {LABEL!r} must be text or an integer, it is a {type(value).__name__}."
-        )
-    return str(value).strip()
+    return name_of_label(value, row.where, LABEL)
 
 
 def _is_integer(name: str) -> bool:

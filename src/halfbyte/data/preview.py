@@ -12,7 +12,7 @@ import numpy as np
 
 from halfbyte.data.conversations import Example
 from halfbyte.data.examples import Examples
-from halfbyte.data.labels import LabelledText
+from halfbyte.data.labels import Labelled
 from halfbyte.data.lengths import Tokenized
 from halfbyte.data.render import IGNORE
 
@@ -120,9 +120,9 @@ def _has_empty_answer(example: Example) -> bool:
     )
 
 
-def odd_labels(examples: Iterable[LabelledText], *, first: int = 3) -> list[Oddity]:
-    """What is odd about labelled texts: repeated ones, and those that have two labels."""
-    labels: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+def odd_labels(examples: Iterable[Labelled], *, first: int = 3) -> list[Oddity]:
+    """What is odd about labelled texts and tagged words: repeated ones, and those that have two labels."""
+    labels: defaultdict[tuple[str, ...], Counter[str | tuple[str, ...]]] = defaultdict(Counter)
     repeated: list[str] = []
     contradicted: list[str] = []
     for example in examples:

@@ -2,8 +2,8 @@
 
 A row is a dictionary that remembers where it came from, because the person who has to mend a data file needs the line
 and not only the complaint. JSON, JSON lines, CSV, TSV and Parquet give one row for each record; a plain text file is
-one row with the column `text`. Files are read as a stream, a JSON array too: a file may be larger than memory, only a
-single record may not.
+one row with the column `text`; a CoNLL file is one row for each sentence, with the columns `tokens` and `tags`. Files
+are read as a stream, a JSON array too: a file may be larger than memory, only a single record may not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 PARQUET_SUFFIX = ".parquet"
 TEXT_SUFFIXES = (".txt", ".text", ".md")
-SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET_SUFFIX, *TEXT_SUFFIXES)
+CONLL_SUFFIX = ".conll"
+SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET_SUFFIX, CONLL_SUFFIX, *TEXT_SUFFIXES)
 
 _BOM = b"\xef\xbb\xbf"  # Windows programs begin a file with it; it must not become part of the first column
 _CHUNK = 1 << 20  # characters of a JSON array that are read at once
@@ -72,6 +73,8 @@ def _rows(path: Path, problems: Problems) -> Iterator[Row]:
             rows = _table(path, TABLE_SUFFIXES[suffix], problems)
         elif suffix == PARQUET_SUFFIX:
             rows = _parquet(path)
+        elif suffix == CONLL_SUFFIX:
+            rows = _conll(path, problems)
         elif suffix in TEXT_SUFFIXES:
             rows = _text(path)
         else:
@@ -183,6 +186,40 @@ def _table(path: Path, delimiter: str, problems: Problems) -> Iterator[Row]:
                     yield Row(dict(record), where)
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.reader.line_num}: not a table ({error}).") from error
+
+
+def _conll(path: Path, problems: Problems) -> Iterator[Row]:
+    """Sentences of a file with a word on each line: columns split by tabs, or by spaces if the first line has no tab.
+
+    The first column is the word and the last its tag, as in the shared tasks of CoNLL; `-DOCSTART-` begins a document.
+    """
+    delimiter, width, start = None, 0, 0
+    words: list[tuple[str, ...]] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(_lines(file, path), 1):
+            if not line.strip() or line.startswith("-DOCSTART-"):
+                if words:
+                    yield _sentence(words, f"{path}, line {start}")
+                words = []
+                continue
+            if not width:
+                delimiter = "\t" if "\t" in line else None
+                width = max(2, len(line.rstrip("\r\n").split(delimiter)))
+            columns = line.rstrip("\r\n").split(delimiter)
+            if len(columns) != width:
+                problems.add(
+                    f"{path}, line {number}: there are {len(columns)} columns, not {width} (a word, and its tag last)."
+                )
+                continue
+            start = start if words else number
+            words.append((columns[0], columns[-1]))
+    if words:
+        yield _sentence(words, f"{path}, line {start}")
+
+
+def _sentence(words: list[tuple[str, ...]], where: str) -> Row:
+    tokens, tags = zip(*words, strict=True)
+    return Row({"tokens": list(tokens), "tags": list(tags)}, where)
 
 
 def _parquet(path: Path) -> Iterator[Row]:

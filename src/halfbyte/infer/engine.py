@@ -103,6 +103,8 @@ class Engine:
         self._native: NativeDecoder | None = None
         self._torch: TorchDecoder | None = None
         self._fallback: TransformersDecoder | None = None
+        for name, folder in (adapters or {}).items():
+            self._attach(name, Path(folder))
         self.decoder = self._make_decoder(_CACHES.get(cache_dtype or "", self._dtype), slots, quantize_head, prefetch)
         decode: Any = self._native or self._torch or self._fallback
         cache = self._torch.cache if self._torch is not None else None
@@ -115,20 +117,16 @@ class Engine:
             drafts,
             self._mix,
         )
-        try:
-            for name, folder in (adapters or {}).items():
-                self.add_adapter(name, folder)
-        except BaseException:
-            self.close()
-            raise
 
     def _make_decoder(self, cache_dtype: torch.dtype, slots: int, quantize_head: bool, prefetch: bool) -> str:
         try:
             if self.model.device.type != "cpu":
                 raise NotCoveredError(f"it is on {self.model.device}")
             network = make_network(self.model, self.max_length, self._dtype)
+            self._branches = {name: branches(self.model, name, self._dtype) for name in self._names}
         except NotCoveredError as reason:
             self._fallback = TransformersDecoder(self.model, slots)
+            self._set_names(self._names)
             return f"transformers' own forward, because {reason}"
         if quantize_head:
             network = _with_quantized_head(network)
@@ -136,8 +134,10 @@ class Engine:
         self._torch = TorchDecoder(network, cache, self._dtype)
         native = cpu.native_library()
         if isinstance(native, cpu.Missing):
+            self._set_names(self._names)
             return f"torch operations, because {native.reason}; {native.remedy}"
         self._native = NativeDecoder(native, network, cache, self._dtype, prefetch=prefetch)
+        self._set_names(self._names)
         return f"the native decoder, {native.isa}"
 
     # ------------------------------------------------------------------------------------------------------- adapters
@@ -158,6 +158,17 @@ class Engine:
         self._scheduler.between_steps(lambda: self._add(name, Path(folder)))
 
     def _add(self, name: str, folder: Path) -> None:
+        self._attach(name, folder)
+        try:
+            if self._fallback is None:
+                self._branches[name] = branches(self.model, name, self._dtype)
+        except NotCoveredError as reason:
+            self._detach(name)
+            raise RequestError(f"{reason}, which the decoder does not do; merge it into the model first.") from None
+        self._set_names(self._names)
+
+    def _attach(self, name: str, folder: Path) -> None:
+        """Put peft's layers of an adapter onto the model."""
         from peft import PeftModel
         from safetensors import SafetensorError
 
@@ -170,27 +181,23 @@ class Engine:
         first = not hasattr(self.model, "peft_config")
         try:
             if first:
-                wrapped = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
+                self._use_model(PeftModel.from_pretrained(self.model, str(folder), adapter_name=name))
             else:
-                wrapped = self.model
-                wrapped.load_adapter(str(folder), adapter_name=name)
+                self.model.load_adapter(str(folder), adapter_name=name)
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             if not first and name in self.model.peft_config:
                 self.model.delete_adapter(name)
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"adapter {folder} does not fit the model or is damaged: {reason}") from error
-        wrapped.eval()
-        try:
-            added = None if self._fallback is not None else branches(wrapped, name, self._dtype)
-        except NotCoveredError as reason:
-            if first:
-                wrapped.unload()
-            else:
-                wrapped.delete_adapter(name)
-            raise RequestError(f"{reason}, which the decoder does not do; merge it into the model first.") from None
-        self._use_model(wrapped)
-        self._branches[name] = added or {}
-        self._set_names([*self._names, name])
+        self.model.eval()
+        self._names = [*self._names, name]
+
+    def _detach(self, name: str) -> None:
+        self._names = [other for other in self._names if other != name]
+        if self._names:
+            self.model.delete_adapter(name)
+        else:  # peft cannot be without any
+            self._use_model(self.model.unload())
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter.
@@ -204,13 +211,10 @@ class Engine:
     def _remove(self, name: str) -> None:
         if self._scheduler.uses(name):
             raise RequestError(f"adapter {name!r} is being used by a request; cancel that or wait for its end.")
-        if self._names == [name]:  # peft cannot be without any
-            self._use_model(self.model.unload())
-        else:
-            self.model.delete_adapter(name)
-        del self._branches[name]
+        self._detach(name)
+        self._branches.pop(name, None)
         self._scheduler.forget(name)
-        self._set_names([other for other in self._names if other != name])
+        self._set_names(self._names)
 
     def _use_model(self, model: Any) -> None:
         self.model = model

@@ -9,7 +9,7 @@ from halfbyte.models.archive_writer import check_output_archive
 from halfbyte.models.checkpoint import Checkpoint, read_config
 from halfbyte.models.config import HalfbyteConfig
 from halfbyte.models.folder import quantize_to_folder
-from halfbyte.models.loading import TASKS, load_config, load_model, load_tokenizer
+from halfbyte.models.loading import TASKS, load_config, load_model, load_tokenizer, resize_vocabulary
 from halfbyte.models.loftq import init_loftq
 from halfbyte.models.quantizer import HalfbyteQuantizer
 from halfbyte.models.saving import check_output_folder, new_folder
@@ -37,5 +37,6 @@ __all__ = [
     "quantize_to_archive",
     "quantize_to_folder",
     "read_config",
+    "resize_vocabulary",
     "save_model",
 ]

@@ -154,6 +154,18 @@ def _is_plain(head: nn.Module) -> bool:
     )
 
 
+def _with_new_rows(head: nn.Module) -> tuple[Any, tuple[list[int], torch.Tensor] | None]:
+    """What peft wrapped to train rows of new tokens, and these rows; other heads as they are, and None.
+
+    The wrapper's weight would do, but for a gradient as large as the matrix.
+    """
+    adapter: Any = getattr(head, "token_adapter", None)
+    if adapter is None or adapter.disable_adapters or adapter.merged or len(adapter.active_adapters) != 1:
+        return head, None
+    name = adapter.active_adapters[0]
+    return adapter.base_layer, (adapter.token_indices[name], adapter.trainable_tokens_delta[name])
+
+
 def _causal_lm_forward(kind: type) -> Any:
     """A causal language model's forward that computes the loss in chunks where nobody asks for logits."""
     from transformers.loss.loss_utils import ForCausalLMLoss
@@ -169,9 +181,9 @@ def _causal_lm_forward(kind: type) -> Any:
         keep = kwargs.get("logits_to_keep", 0)
         skip = labels is not None and (self.training if skip_logits is None else skip_logits)
         all_rows = not args and isinstance(keep, int) and keep == 0
-        if not skip or not all_rows or self.loss_function is not ForCausalLMLoss or not _is_plain(self.lm_head):
+        head, rows = _with_new_rows(self.lm_head)
+        if not skip or not all_rows or self.loss_function is not ForCausalLMLoss or not _is_plain(head):
             return plain(self, *args, return_dict=True, **kwargs)
-        head = self.lm_head
         kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
         outputs = self.model(**kwargs)
         shifted = kwargs.get("shift_labels")
@@ -185,6 +197,7 @@ def _causal_lm_forward(kind: type) -> Any:
             head.bias,
             num_items=kwargs.get("num_items_in_batch"),
             ignore_index=ignore_index,
+            rows=rows,
         )
         return CausalLMOutputWithPast(
             loss=loss,

@@ -142,6 +142,13 @@ def load_tokenizer(path: str | Path) -> Any:
         raise CheckpointError(f"{path} has no tokenizer that transformers can read: {_first_line(error)}") from None
 
 
+def resize_vocabulary(model: Any, count: int) -> None:
+    """Let a model's embeddings, and its head, have rows for at least `count` tokens. Those added are random."""
+    if count > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(count, mean_resizing=False)
+        model.halfbyte_report = report(model)
+
+
 def resolve(path: str | Path) -> Path:
     """A local folder; a hub name is downloaded (safetensors, config and tokenizer only) and its folder returned.
 

@@ -17,6 +17,7 @@ import torch
 
 from halfbyte.errors import CheckpointError, RequestError
 from halfbyte.models.checkpoint import Checkpoint
+from halfbyte.models.loading import resolve
 from halfbyte.models.sources import open_checkpoint
 from halfbyte.nn import Linear4bit
 from halfbyte.tensor import QuantizedTensor
@@ -28,7 +29,7 @@ def init_loftq(model: Any, path: str | Path, adapter_name: str = "default") -> f
 
     Args:
         model: a peft model on a model that halfbyte quantized.
-        path: the folder of the unquantized model.
+        path: the folder of the unquantized model, or its name on the hub.
         adapter_name: which adapter.
 
     Returns:
@@ -38,7 +39,7 @@ def init_loftq(model: Any, path: str | Path, adapter_name: str = "default") -> f
         RequestError: the model has no such adapter on a 4-bit layer.
         CheckpointError: the folder lacks a weight, or it belongs to another model.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(resolve(path))
     before = after = 0.0
     for name, layer in model.named_modules():
         base = getattr(layer, "base_layer", None)

@@ -8,6 +8,7 @@ begins. So the backward pass has nothing left to do but scale. Tokens whose labe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def linear_cross_entropy(
     *,
     num_items: torch.Tensor | int | None = None,
     ignore_index: int = -100,
+    rows: tuple[Sequence[int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of `labels` under softmax(hidden W^T + bias), differentiable in hidden, weight and bias.
 
@@ -36,6 +38,8 @@ def linear_cross_entropy(
         bias: [vocabulary] or None.
         num_items: what the sum over tokens is divided by; None: the tokens that count, which makes it their mean.
         ignore_index: the label of tokens that do not count.
+        rows: indices of rows, and [indices, width] that stands in for these rows of W; differentiable in that, while
+            the gradient of W, which would be as large as W, is not computed.
 
     Returns:
         float32 []. The products, and so the logits, are in autocast's dtype where it is on and else in the weight's;
@@ -54,7 +58,11 @@ def linear_cross_entropy(
     # Outside the function, so that autograd undoes them.
     flat, weight = flat.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    total: torch.Tensor = _SummedLoss.apply(flat, weight, bias, targets)
+    index = values = None
+    if rows is not None:
+        index, values = torch.tensor(rows[0], device=device), rows[1].to(device, dtype)
+        weight = weight.detach().index_copy(0, index, values.detach())
+    total: torch.Tensor = _SummedLoss.apply(flat, weight, bias, targets, index, values)
     return total / (len(kept) if num_items is None else torch.as_tensor(num_items, device=total.device))
 
 
@@ -64,14 +72,23 @@ def chunk_rows(vocabulary: int, itemsize: int) -> int:
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The summed loss of [rows, width]; its gradients are computed on the way, for a gradient of 1."""
+    """The summed loss of [rows, width]; its gradients are computed on the way, for a gradient of 1.
+
+    `values` are the rows of `weight` at `index`, for a gradient of these alone.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        index: torch.Tensor | None,
+        values: torch.Tensor | None,
     ) -> torch.Tensor:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        gradient = need_hidden or need_weight or need_bias
+        need_hidden, need_weight, need_bias, _, _, need_values = ctx.needs_input_grad
+        gradient = need_hidden or need_weight or need_bias or need_values
         rows, vocabulary = hidden.shape[0], weight.shape[0]
         step = chunk_rows(vocabulary, weight.element_size())
         buffer = hidden.new_empty((min(step, rows), vocabulary))
@@ -80,6 +97,9 @@ class _SummedLoss(torch.autograd.Function):
         # Sums over chunks: rounding each of them to 16 bits would lose what the last chunks add.
         grad_weight = weight.new_zeros(weight.shape, dtype=wide) if need_weight else None
         grad_bias = weight.new_zeros((vocabulary,), dtype=wide) if need_bias else None
+        grad_values = None
+        if index is not None and need_values:
+            grad_values = weight.new_zeros((len(index), weight.shape[1]), dtype=wide)
         total = hidden.new_zeros((), dtype=torch.float64)
         for row in range(0, rows, step):
             chunk = hidden[row : row + step]
@@ -96,17 +116,21 @@ class _SummedLoss(torch.autograd.Function):
                 grad_weight += logits.t() @ chunk
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=wide)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            if grad_values is not None:
+                grad_values += logits[:, index].t() @ chunk
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_values)
         ctx.dtype = weight.dtype
         return total.float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias, grad_values = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad,  # of no dimension: the dtype stays
             None if grad_weight is None else (grad_weight * grad).to(ctx.dtype),
             None if grad_bias is None else (grad_bias * grad).to(ctx.dtype),
             None,
+            None,
+            None if grad_values is None else (grad_values * grad).to(ctx.dtype),
         )

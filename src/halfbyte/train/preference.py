@@ -5,41 +5,34 @@ chosen answer over that of the rejected one, both relative to a *reference*, the
 
     loss = -log sigmoid(beta * [(log p(chosen) - log ref(chosen)) - (log p(rejected) - log ref(rejected))])
 
-**The reference is measured once, before the first step**, by the very model that is then trained, and kept: one model
-is in memory, and one forward pass a step is saved. It is measured with the adapter *on*. The usual way, to switch the
-adapter off at each step, is the reference only if the adapter starts at zero (trl#4723): with PiSSA or OLoRA, which
-take the adapter out of the base, what is left without it is no model at all.
-
-The loss is a mean over the pairs of *all* micro-batches of a step.
+The reference is measured once, see `halfbyte.train.reference`. The loss is a mean over the pairs of *all* micro-batches
+of a step.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn.functional import logsigmoid
-from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer
 
 from halfbyte.data import IGNORE, pad_rows
 from halfbyte.train.guards import Guards, float32_masters, options
+from halfbyte.train.reference import REFERENCE, answer_outputs, no_second_adapter, with_reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from halfbyte.train.recipe import Recipe
 
-REFERENCE = "reference.safetensors"
 SIDES = ("chosen", "rejected")
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
@@ -93,7 +86,7 @@ class PreferenceTrainer(Guards, DPOTrainer):
     ) -> None:
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self.recipe = recipe
-        with float32_masters(model):
+        with float32_masters(model), no_second_adapter(model):
             super().__init__(
                 model=model,
                 args=DPOConfig(
@@ -110,8 +103,12 @@ class PreferenceTrainer(Guards, DPOTrainer):
                 processing_class=tokenizer,
                 callbacks=callbacks,
             )
-        self.train_dataset = self._with_reference(rows, folder / f"train_{REFERENCE}")
-        self.eval_dataset = None if eval_rows is None else self._with_reference(eval_rows, folder / f"eval_{REFERENCE}")
+        known = {
+            name: with_reference(self, each, folder / f"{name}_{REFERENCE}", COLUMNS, self._log_probabilities)
+            for name, each in (("train", rows), ("eval", eval_rows))
+            if each is not None
+        }
+        self.train_dataset, self.eval_dataset = known["train"], known.get("eval")
         self.precompute_ref_logps = True  # trl then takes it from the rows
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
@@ -122,39 +119,13 @@ class PreferenceTrainer(Guards, DPOTrainer):
         """Not here; trl would hash the weights to name a cache beside the data."""
         return dataset
 
-    def _with_reference(self, rows: Dataset, path: Path) -> Dataset:
-        """The rows with columns `ref_chosen_logps` and `ref_rejected_logps`, from `path` or from the model as it is."""
-        from datasets import Dataset, concatenate_datasets
-
-        digest = hashlib.sha256(repr([rows[f"{part}_ids"][:] for part in ("prompt", *SIDES)]).encode()).hexdigest()
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                if file.metadata().get("rows") == digest:
-                    found = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
-                    return concatenate_datasets([rows, Dataset.from_dict(found)], axis=1)
-        model: Any = self.model
-        was_training = model.training
-        model.eval()
-        parts = []
-        batches = DataLoader(rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
-        with torch.no_grad(), self.accelerator.autocast():
-            for batch in batches:
-                parts.append(self._log_probabilities(model, self._prepare_inputs(batch)).float().cpu())
-        model.train(was_training)
-        both = torch.cat(parts, dim=1)
-        tensors = {f"ref_{side}_logps": values.contiguous() for side, values in zip(SIDES, both, strict=True)}
-        save_file(tensors, path, metadata={"rows": digest})
-        return concatenate_datasets([rows, Dataset.from_dict({n: t.tolist() for n, t in tensors.items()})], axis=1)
-
     def _log_probabilities(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """Of the answers: [2, pairs], the chosen ones first."""
-        return torch.stack(self.forward_again(model, batch).log_probs.sum(dim=1).chunk(2))
+        return torch.stack(answer_outputs(model, batch).log_probs.sum(dim=1).chunk(2))
 
     def forward_again(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         """With trl's fused head, as in training."""
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE)
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return model(**given, labels=labels, use_cache=False, fused_lm_head=True)
+        return answer_outputs(model, inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         return sum(len(batch["input_ids"]) for batch in batch_samples) // 2

@@ -37,7 +37,7 @@ from halfbyte.errors import RecipeError, nearest
 from halfbyte.formats import BLOCK_SIZES, FORMATS
 
 Method = Literal["qlora", "lora", "full"]
-TaskName = Literal["causal-lm", "preference", "sequence-classification"]
+TaskName = Literal["causal-lm", "preference", "kto", "sequence-classification", "token-classification"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adamw_4bit", "galore_adamw", "galore_adamw_8bit"]
 # What transformers and bitsandbytes call them; a name that begins with "paged_" also says so.
 OPTIMIZER_ALIASES = {
@@ -63,7 +63,9 @@ class Recipe(BaseModel):
     output_dir: str = Field(description="run directory; must not exist, or be empty")
     method: Method = Field("qlora", description="qlora: frozen base in few bits; lora: frozen base; full: all weights")
     task: TaskName = Field(
-        "causal-lm", description="what is learnt: to write, to prefer one answer (DPO), or to say a text's class"
+        "causal-lm",
+        description="what is learnt: to write, to prefer one answer of two (DPO), to give good answers (KTO), or to "
+        "say the class of a text, or of a word",
     )
     seed: int = Field(42, ge=0, description="of initialisation, order and dropout")
 
@@ -76,8 +78,8 @@ class Recipe(BaseModel):
     eval_split: float | int | None = Field(
         None, gt=0, description="measure on rows held out of dataset: their share if below 1, else their number"
     )
-    eval_metric: Literal["loss", "exact_match", "accuracy"] = Field(
-        "loss", description="what to measure on eval_dataset; loss and accuracy come together where there are both"
+    eval_metric: Literal["loss", "exact_match", "accuracy", "f1"] = Field(
+        "loss", description="what to measure on eval_dataset; loss, accuracy and F1 come together where there are such"
     )
     max_new_tokens: int = Field(128, ge=1, description="longest answer when eval_metric is exact_match")
     max_length: int | None = Field(
@@ -89,8 +91,11 @@ class Recipe(BaseModel):
         "last turn, or on every token",
     )
     packing: bool = Field(False, description="several rows in one of max_length, each of which sees only itself")
+    label_names: tuple[str, ...] = Field(
+        (), description="names of the classes, by number where labels are integers; []: those of the training data"
+    )
     dpo_beta: float = Field(
-        0.1, gt=0, description="preference: how dear it is to move away from the model at the start"
+        0.1, gt=0, description="preference and kto: how dear it is to move away from the model at the start"
     )
 
     format: str = Field("nf4", description="number format of the frozen base (qlora)")
@@ -106,12 +111,15 @@ class Recipe(BaseModel):
         "all-linear", description="linear modules that get an adapter: a group, or a list of names"
     )
     modules_to_save: tuple[str, ...] = Field((), description="modules that are trained whole and saved")
+    new_tokens: tuple[str, ...] = Field(
+        (), description="words that the tokenizer gets; of the embeddings only their rows are trained"
+    )
     rank_pattern: dict[str, int] = Field({}, description="ranks of single modules, by name")
     alpha_pattern: dict[str, float] = Field({}, description="alphas of single modules, by name")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(lora_r)")
     use_dora: bool = Field(False, description="train a magnitude beside the direction")
-    init_lora_weights: bool | Literal["gaussian", "orthogonal", "pissa", "olora"] = Field(
-        True, description="how the adapter starts; true: it changes nothing at first"
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "pissa", "olora", "loftq"] = Field(
+        True, description="how the adapter starts; true: it changes nothing at first; loftq: at what quantization lost"
     )
 
     adapter_dtype: Literal["float32", "bf16", "nf4"] = Field(
@@ -170,6 +178,20 @@ class Recipe(BaseModel):
             raise ValueError("is neither a share below 1 nor a number of rows")
         return value
 
+    @field_validator("label_names")
+    @classmethod
+    def _different_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value and len(set(value)) < max(2, len(value)):
+            raise ValueError("needs at least two names, no two of which are equal")
+        return value
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _different_tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value) or not all(token.strip() for token in value):
+            raise ValueError("names a token twice, or an empty one")
+        return value
+
     @field_serializer("dataset", "eval_dataset")
     def _plain(self, sources: tuple[Source, ...]) -> list[Any]:
         """As short as a person would write it."""
@@ -177,7 +199,7 @@ class Recipe(BaseModel):
         bare = [source == Source(source.path) for source in sources]
         return [entry["path"] if alone else entry for entry, alone in zip(plain, bare, strict=True)]
 
-    @field_validator("target_modules", "modules_to_save", mode="before")
+    @field_validator("target_modules", "modules_to_save", "label_names", "new_tokens", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         """YAML has lists; a frozen object holds tuples; a single name stands for a list of one."""
@@ -285,10 +307,14 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     found = []
     task = values.get("task", Recipe.model_fields["task"].default)
     metric = values.get("eval_metric")
-    if metric == "accuracy" and task == "causal-lm":
-        found.append("eval_metric is 'accuracy' but task is 'causal-lm', whose answers are texts; choose exact_match.")
-    if metric == "exact_match" and task in ("preference", "sequence-classification"):
-        found.append(f"eval_metric is 'exact_match' but task is {task!r}; choose accuracy.")
+    if metric in ("accuracy", "f1") and task == "causal-lm":
+        found.append(f"eval_metric is {metric!r} but task is 'causal-lm', whose answers are texts; choose exact_match.")
+    if task == "kto" and values.get("per_device_train_batch_size") == 1:
+        found.append("task is 'kto', which compares rows of a batch, but per_device_train_batch_size is 1; choose 2.")
+    if metric == ("f1" if task in ("preference", "kto") else "exact_match") and task not in ("causal-lm", None):
+        found.append(f"eval_metric is {metric!r} but task is {task!r}; choose accuracy.")
+    if values.get("label_names") and task in ("causal-lm", "preference", "kto"):
+        found.append(f"label_names are set but task is {task!r}, which has no classes; leave them out.")
     if values.get("eval_steps") is None:
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if values.get(key) not in (None, False):
@@ -299,9 +325,15 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
                 found.append(
                     f"{key} is {values[key]!r} but method is 'full', which has no adapter; choose qlora or lora."
                 )
+    method = values.get("method", Recipe.model_fields["method"].default)
+    if values.get("init_lora_weights") == "loftq" and method in ("lora", "full"):
+        found.append(f"init_lora_weights is 'loftq' but method is {method!r}, whose base loses nothing; choose qlora.")
+    if values.get("init_lora_weights") == "loftq" and values.get("use_dora"):
+        found.append(
+            "init_lora_weights is 'loftq', but use_dora is true, whose magnitudes are of other weights; choose one."
+        )
     optim, paged = values.get("optim"), values.get("paged")
     if isinstance(optim, str) and optim.startswith("galore"):
-        method = values.get("method", Recipe.model_fields["method"].default)
         if method not in ("full", None):
             found.append(
                 f"optim is {optim!r}, which projects whole matrices, but method is {method!r}; choose adamw_8bit, or "

@@ -33,6 +33,7 @@ from halfbyte import env
 from halfbyte.errors import RequestError
 from halfbyte.tensor import QuantizedTensor
 from halfbyte.train.memory import PeakMemory
+from halfbyte.train.new_tokens import Pieces, add_rows, show_bias, tokenizer_of, trained_rows
 from halfbyte.train.optimizers import check_optimizer
 from halfbyte.train.progress import Metrics
 from halfbyte.train.recipe import Recipe, is_hub_name
@@ -58,6 +59,7 @@ class DataInputs:
     task: Task
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    pieces: Pieces  # of the new tokens
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,23 @@ def check_request(recipe: Recipe) -> Inputs:
     Raises:
         RequestError: the first thing that is wrong.
     """
-    from halfbyte.models import check_model_folder, load_config, load_tokenizer
+    from halfbyte.models import check_model_folder, load_config
 
     check_optimizer(recipe)
     task = TASKS[recipe.task](recipe)
     if not is_hub_name(recipe.model_name_or_path):
         check_model_folder(recipe.model_name_or_path)
     config = load_config(recipe.model_name_or_path)
-    tokenizer = load_tokenizer(recipe.model_name_or_path)
+    tokenizer, pieces = tokenizer_of(recipe)
     max_length = _max_length(recipe, config, tokenizer)
+    if recipe.init_lora_weights == "loftq" and getattr(config, "quantization_config", None):
+        raise RequestError(
+            f"init_lora_weights is 'loftq', which starts from the weights before quantization, but those of "
+            f"{recipe.model_name_or_path} are quantized already; name the model that it was made from."
+        )
     model = outline(config, task.model_task)
     targets: str | list[str] = [] if recipe.method == "full" else check_targets(recipe, model.shapes)
-    return Inputs(task, tokenizer, max_length, targets, model.head)
+    return Inputs(task, tokenizer, max_length, pieces, targets, model.head)
 
 
 def check_data(recipe: Recipe) -> DataInputs:
@@ -128,18 +135,18 @@ def check_data(recipe: Recipe) -> DataInputs:
     Raises:
         RequestError: the first thing that is wrong.
     """
-    from halfbyte.models import load_config, load_tokenizer
+    from halfbyte.models import load_config
 
     task = TASKS[recipe.task](recipe)
     config = load_config(recipe.model_name_or_path)
-    tokenizer = load_tokenizer(recipe.model_name_or_path)
-    return DataInputs(task, tokenizer, _max_length(recipe, config, tokenizer))
+    tokenizer, pieces = tokenizer_of(recipe)
+    return DataInputs(task, tokenizer, _max_length(recipe, config, tokenizer), pieces)
 
 
 def _max_length(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """The recipe's, checked, or what fits."""
     limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    if recipe.task == "sequence-classification":  # RoBERTa has 514 positions for 512 tokens; its tokenizer knows
+    if TASKS[recipe.task].classifies:  # RoBERTa has 514 positions for 512 tokens; its tokenizer knows
         limit = min(limit, tokenizer.model_max_length)
     if recipe.max_length is None:
         return min(limit, USUAL_LENGTH)
@@ -162,10 +169,7 @@ def _train_in(
     eval_rows = task.tokenize(task.eval_examples, tokenizer, inputs.max_length) if task.eval_examples else None
     console.print(f"data: {rows.report}")
     base = load_base(recipe, head=inputs.head, num_labels=len(task.labels) or None)
-    task.settle(base, tokenizer)
-    cost = _cost_of(base)
-    console.print(f"base: {base.halfbyte_report}")
-    model = add_adapter(base, recipe, inputs.targets, inputs.head)
+    model = _adapted(base, recipe, inputs, console)
     metrics = Metrics(run.folder / "metrics.jsonl", console)
     trainer = task.trainer()(
         model,
@@ -193,7 +197,7 @@ def _train_in(
         "recipe": recipe.digest,
         **task.facts(tokenizer),
         "data": data,
-        **cost,
+        **_cost_of(base),
         **trainable_report(model),
         "trained_whole": [*recipe.modules_to_save, *inputs.head],
         "steps": trainer.state.global_step,
@@ -240,8 +244,21 @@ def load_base(recipe: Recipe, *, head: Sequence[str] = (), num_labels: int | Non
     return load_model(path, quantization=quantization, dtype=compute, task=task, num_labels=num_labels)
 
 
-def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str], head: Sequence[str] = ()) -> Any:
+def add_adapter(
+    base: PreTrainedModel,
+    recipe: Recipe,
+    targets: str | list[str],
+    head: Sequence[str] = (),
+    new_tokens: Sequence[int] = (),
+) -> Any:
     """The base with the recipe's adapter, or the base itself for `method: full`. What is trained is float32.
+
+    Args:
+        base: as `load_base` gives it.
+        recipe: says which adapter.
+        targets: modules that get one.
+        head: modules of a classifier that are trained whole.
+        new_tokens: tokens whose rows of the embeddings are trained.
 
     Raises:
         RequestError: the model folder holds something in 4 bits that is to be trained whole.
@@ -267,17 +284,37 @@ def add_adapter(base: PreTrainedModel, recipe: Recipe, targets: str | list[str],
         lora_dropout=recipe.lora_dropout,
         bias=recipe.lora_bias,
         target_modules=targets,
+        # peft's "all-linear" leaves a head out where the task is SEQ_CLS, and not where it is TOKEN_CLS
+        exclude_modules=list(head) if recipe.task == "token-classification" else None,
         modules_to_save=[name for name in whole if name not in SEQ_CLS_HEAD_NAMES] or None,  # peft adds those
+        trainable_token_indices=trained_rows(base, new_tokens) if new_tokens else None,
         rank_pattern=dict(recipe.rank_pattern),
         alpha_pattern=dict(recipe.alpha_pattern),
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
-        init_lora_weights=recipe.init_lora_weights,
+        init_lora_weights=True if recipe.init_lora_weights == "loftq" else recipe.init_lora_weights,
     )
     model = get_peft_model(base, config)
+    show_bias(model)
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft leaves modules_to_save in the base's dtype
             parameter.data = parameter.data.float()
+    return model
+
+
+def _adapted(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, console: Console) -> Any:
+    """The base with what only the data knows, with rows for new tokens, and with the recipe's adapter."""
+    inputs.task.settle(base, inputs.tokenizer)
+    if inputs.pieces:
+        add_rows(base, inputs.pieces)
+    report: Any = base.halfbyte_report
+    console.print(f"base: {report}")
+    model = add_adapter(base, recipe, inputs.targets, inputs.head, list(inputs.pieces))
+    if recipe.init_lora_weights == "loftq":
+        from halfbyte.models import init_loftq
+
+        share = init_loftq(model, recipe.model_name_or_path)
+        console.print(f"adapter: starts with {share:.1%} of the squared quantization error, by LoftQ")
     return model
 
 
@@ -299,7 +336,7 @@ def _write(
     # peft's "auto" asks the hub whether the vocabulary has changed, and offline the run is lost at its end (peft#1452)
     options: dict[str, Any] = {} if recipe.method == "full" else {"save_embedding_layers": False}
     model.save_pretrained(folder, **options)
-    if recipe.method != "full" and recipe.task == "sequence-classification":
+    if recipe.method != "full" and TASKS[recipe.task].classifies:
         _write_config(folder, model)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card: a form with nothing filled in
     tokenizer.save_pretrained(folder)

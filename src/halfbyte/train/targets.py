@@ -55,7 +55,7 @@ def outline(config: PretrainedConfig, task: str = "causal-lm") -> Outline:
             model = getattr(transformers, TASKS[task]).from_config(config)
     except ValueError:
         raise RequestError(f"task {task} is not offered by a model of type {config.model_type!r}.") from None
-    head = _head(model) if task == "sequence-classification" else ()
+    head = () if task == "causal-lm" else _head(model)
     output = model.get_output_embeddings()
     shapes: Shapes = {}
     for name, module in model.named_modules():

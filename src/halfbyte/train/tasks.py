@@ -4,7 +4,9 @@
 |---|---|---|---|
 | causal-lm               | a conversation, a text | nothing new               | tokens                |
 | preference              | two answers            | nothing new               | which one is better   |
+| kto                     | a judged answer        | nothing new               | whether it is good    |
 | sequence-classification | a text and its label   | a head, one row per class | the class of a text   |
+| token-classification    | words and their tags   | a head, one row per class | the class of a word   |
 
 **A new head is trained whole.** The classes of a task are not in any pretrained model, so its head starts from random
 numbers. An adapter of low rank beside a random matrix would be no head; packing the matrix would freeze it. So the
@@ -28,11 +30,15 @@ from halfbyte.data import (
     label_names,
     pack,
     read_examples,
+    read_judgments,
     read_labelled,
     read_preferences,
+    read_tagged,
     tokenize,
+    tokenize_judgments,
     tokenize_labelled,
     tokenize_preferences,
+    tokenize_tagged,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +59,7 @@ class Task(ABC):
         labels: names of the classes; empty where there are none.
         peft_type: what peft calls the task.
         model_task: what kind of model it takes, by `halfbyte.models`' name.
+        classifies: whether the answers are classes, for which the model gets a head.
 
     Raises:
         DataError: see `read_examples` and `read_labelled`.
@@ -60,6 +67,7 @@ class Task(ABC):
 
     peft_type: ClassVar[str]
     model_task: ClassVar[str] = "causal-lm"
+    classifies: ClassVar[bool] = False
     labels: tuple[str, ...] = ()
     examples: Examples[Any]
     eval_examples: Collection[Any]
@@ -85,8 +93,14 @@ class Task(ABC):
 
 
 def _read(read: Callable[..., Examples[Any]], recipe: Recipe) -> tuple[Examples[Any], Collection[Any]]:
+    """The training set, and what is measured on."""
+    return _held_out(read(recipe.dataset, seed=recipe.seed), read, recipe)
+
+
+def _held_out(
+    examples: Examples[Any], read: Callable[..., Examples[Any]], recipe: Recipe
+) -> tuple[Examples[Any], Collection[Any]]:
     """The training set, and what is measured on: rows held out of it, or those of `eval_dataset`."""
-    examples = read(recipe.dataset, seed=recipe.seed)
     if recipe.eval_split is not None:
         return examples.split(recipe.eval_split, recipe.seed)
     return examples, read(recipe.eval_dataset, seed=recipe.seed) if recipe.eval_dataset else ()
@@ -134,10 +148,11 @@ class Preferring(Task):
     """preference: direct preference optimization on pairs of answers."""
 
     peft_type = "CAUSAL_LM"
+    _read: ClassVar[Callable[..., Examples[Any]]] = staticmethod(read_preferences)
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.examples, self.eval_examples = _read(read_preferences, recipe)
+        self.examples, self.eval_examples = _read(self._read, recipe)
 
     def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """Both answers by the tokenizer's chat template."""
@@ -158,16 +173,35 @@ class Preferring(Task):
         return {"chat_template": Renderer(tokenizer).digest, "example_prompt": pair.prompt[0]["content"]}
 
 
+class Judging(Preferring):
+    """kto: Kahneman-Tversky optimization on answers that are judged good or bad."""
+
+    _read: ClassVar[Callable[..., Examples[Any]]] = staticmethod(read_judgments)
+
+    def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+        """Prompt and answer by the tokenizer's chat template."""
+        return tokenize_judgments(examples, Renderer(tokenizer), max_length=max_length)
+
+    def trainer(self) -> type[Guards]:
+        """trl's, guarded."""
+        from halfbyte.train.judgment import JudgmentTrainer
+
+        return JudgmentTrainer
+
+
 class Classifying(Task):
     """sequence-classification: one class for each text, or pair of texts."""
 
     peft_type = "SEQ_CLS"
     model_task = "sequence-classification"
+    classifies = True
+    _read: ClassVar[Callable[..., Examples[Any]]] = staticmethod(read_labelled)
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.examples, self.eval_examples = _read(read_labelled, recipe)
-        self.labels = label_names(self.examples)
+        examples = self._read(recipe.dataset, seed=recipe.seed)
+        self.labels = recipe.label_names or label_names(examples)  # of one source: those of rows held out, too
+        self.examples, self.eval_examples = _held_out(examples, self._read, recipe)
 
     def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """As the encoder was pretrained; no chat template."""
@@ -198,8 +232,28 @@ class Classifying(Task):
         config.problem_type = "single_label_classification"
 
 
+class Tagging(Classifying):
+    """token-classification: one class for each word."""
+
+    peft_type = "TOKEN_CLS"
+    model_task = "token-classification"
+    _read = staticmethod(read_tagged)
+
+    def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
+        """As the encoder was pretrained, with labels at the first tokens of words."""
+        return tokenize_tagged(examples, tokenizer, self.labels, max_length=max_length)
+
+    def trainer(self) -> type[Guards]:
+        """transformers', guarded."""
+        from halfbyte.train.classifier import TaggerTrainer
+
+        return TaggerTrainer
+
+
 TASKS: dict[str, type[Task]] = {
     "causal-lm": Writing,
     "preference": Preferring,
+    "kto": Judging,
     "sequence-classification": Classifying,
+    "token-classification": Tagging,
 }
