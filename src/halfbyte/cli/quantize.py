@@ -75,7 +75,7 @@ def _quantize(model: str, output: Path, config: HalfbyteConfig, compress: bool) 
     from halfbyte.models import is_archive, load_model, load_tokenizer, open_checkpoint, quantize_to_archive, save_model
 
     folder = Path(model)
-    task = _task(open_checkpoint(folder, verify=False).config) if folder.exists() else "causal-lm"
+    task = task_of(open_checkpoint(folder, verify=False).config) if folder.exists() else "causal-lm"
     if is_archive(output):
         return quantize_to_archive(model, output, config, task=task, compress=compress)
     quantized = load_model(model, quantization=config, task=task)
@@ -83,7 +83,8 @@ def _quantize(model: str, output: Path, config: HalfbyteConfig, compress: bool) 
     return quantized.halfbyte_report
 
 
-def _task(config: dict[str, Any]) -> str:
+def task_of(config: dict[str, Any]) -> str:
+    """The task that a model is loaded for, from its config.json."""
     architecture = next(iter(config.get("architectures") or []), "ForCausalLM")
     return next((task for ending, task in TASK_OF.items() if architecture.endswith(ending)), "encoder")
 

@@ -58,6 +58,11 @@ class LazyTensor:
         return _DTYPES.get(self.dtype_name, torch.uint8)
 
     @property
+    def stored(self) -> str:
+        """What the values are stored in: safetensors' name of a dtype, or a 4-bit or 8-bit format ("nf4", ...)."""
+        return self.dtype_name
+
+    @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
