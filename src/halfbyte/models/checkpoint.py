@@ -147,6 +147,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
         CheckpointError: the folder or the file does not exist, or is not a JSON object.
     """
     folder = Path(path)
+    if folder.suffix == ".gguf":
+        raise CheckpointError(
+            f"{folder} is a GGUF file, which halfbyte writes and does not read; name the model that it was made from, "
+            "or run it with llama.cpp"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder{_near(folder)}")
     file = folder / "config.json"
