@@ -27,11 +27,12 @@ TEMPLATE = (
 
 def sentencepiece(prefix: bool):
     """BPE with byte fallback: every pair that makes a token is a merge, in the order of the tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trained.train_from_iterator(TEXT.split("\n"), trainers.BpeTrainer(vocab_size=160, show_progress=False))
     pieces = sorted(trained.get_vocab(), key=trained.token_to_id)
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]

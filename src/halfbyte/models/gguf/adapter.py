@@ -138,6 +138,8 @@ def _pairs(folder: Path, options: dict[str, Any]) -> list[_Pair]:
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  (safe_open has no __iter__)
+                if key.endswith(".base_layer.weight"):
+                    continue  # peft's copy of a table that is adapted; the base has it
                 found = _KEY.fullmatch(key)
                 if found is None:
                     raise RequestError(f"{path} holds {key}, which a GGUF adapter has no place for")
