@@ -94,7 +94,7 @@ def test_a_4_bit_model_goes_out_as_its_decoded_values(gguf_folder, tmp_path, sto
 
 def test_rows_that_are_not_whole_blocks_stay_f16(tmp_path, gguf_folder):
     folder = _changed(gguf_folder("llama"), tmp_path / "odd", intermediate_size=80)
-    with pytest.raises(CheckpointError, match=r"gate_proj.weight as \(96, 64\), and the config says \(80, 64\)"):
+    with pytest.raises(CheckpointError, match=r"mlp\.\w+\.\w+ as \(.*96.*\), and the config says \(.*80.*\)"):
         export_gguf(folder, tmp_path / "model.gguf")
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -144,7 +144,7 @@ def _changed(folder, target, **changes):
         ("llama", {"architectures": None}, "does not name its architecture"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}, "sliding_attention"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar 16"),
         ("gemma2", {"attn_logit_softcapping": None}, "softcapping is unset"),
         ("llama", {"num_hidden_layers": 1}, "tensor model.layers.1."),
@@ -183,7 +183,7 @@ def test_values_beyond_half_precision_are_refused_by_name_and_leave_nothing(gguf
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(RequestError, match=r"layers\.1\.mlp\.up_proj\.weight holds values up to 1e\+05"):
-        export_gguf(folder, out / "model.gguf", "q8_0")
+        export_gguf(folder, out / "model.gguf", "f16")
     assert not list(out.iterdir())
     export_gguf(folder, out / "model.gguf", "bf16")
 
@@ -193,8 +193,8 @@ def test_a_file_that_exists_and_a_type_that_does_not(gguf_folder, tmp_path):
     with pytest.raises(OutputError, match="exists; name a new file"):
         export_gguf(gguf_folder("llama"), tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").read_text() == "mine"
-    with pytest.raises(RequestError, match="did you mean 'q4_0'"):
-        export_gguf(gguf_folder("llama"), tmp_path / "new.gguf", "q4_O")
+    with pytest.raises(RequestError, match="did you mean 'q8_0'"):
+        export_gguf(gguf_folder("llama"), tmp_path / "new.gguf", "q8")
 
 
 def test_a_sliding_window_that_is_left_out_is_told(gguf_folder, tmp_path):

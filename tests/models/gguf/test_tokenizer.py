@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -143,7 +144,7 @@ def test_a_merge_that_only_llama_cpp_would_make_is_refused(build):
     core = json.loads(build.sentencepiece(True).backend_tokenizer.to_str())
     left, right = core["model"]["merges"][7]
     model = core["model"] | {"merges": [merge for merge in core["model"]["merges"] if merge != [left, right]]}
-    with pytest.raises(RequestError, match=f"would merge '{left}' and '{right}'"):
+    with pytest.raises(RequestError, match=re.escape(f"would merge {left!r} and {right!r}")):
         tables(described(build.sentencepiece(True), model=model))
 
 
@@ -152,7 +153,7 @@ def test_merges_whose_order_no_score_can_say_are_refused(build):
     merges = core["model"]["merges"]
     at = next(at for at, (one, two) in enumerate(pairwise(merges)) if "".join(one) == "".join(two))
     model = core["model"] | {"merges": [*merges[:at], *merges[at + 1 :], merges[at]]}
-    with pytest.raises(RequestError, match=f"the merges that make '{''.join(merges[at])}' are not together"):
+    with pytest.raises(RequestError, match=re.escape(f"make {''.join(merges[at])!r} are not together")):
         tables(described(build.sentencepiece(True), model=model))
 
 

@@ -93,12 +93,9 @@ def export_adapter(
     config = load_config(model)
     pairs = _pairs(folder, options)
     alpha = Counter(pair.alpha for pair in pairs).most_common(1)[0][0]
-    notes, tensors = [], []
-    for pair in pairs:
-        tensors += _tensors(pair, architecture, config, wanted, alpha)
+    tensors = [tensor for pair in pairs for tensor in _tensors(pair, architecture, config, wanted, alpha)]
     folded = sum(not math.isclose(pair.alpha, alpha) for pair in pairs)
-    if folded:
-        notes.append(f"{folded} of {len(pairs)} pairs have an alpha or a rank of their own, which went into their B")
+    notes = [f"{folded} of {len(pairs)} pairs have an alpha or a rank of their own, which went into their B"]
     metadata = {
         "general.type": "adapter",
         "general.name": folder.resolve().name,
@@ -106,7 +103,7 @@ def export_adapter(
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha),
     }
-    return write_gguf(Path(output), architecture.name, metadata, tensors, notes)
+    return write_gguf(Path(output), architecture.name, metadata, tensors, notes if folded else [])
 
 
 def _options(folder: Path) -> dict[str, Any]:

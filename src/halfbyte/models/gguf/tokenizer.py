@@ -218,7 +218,7 @@ def _is_characters(described: dict[str, Any]) -> bool:
     model, before = described["model"], described["pre_tokenizer"]
     if model["type"] == "BPE":
         return not model["merges"] and not model.get("byte_fallback")
-    return (
+    return bool(
         model["type"] == "WordLevel"
         and _kind(before) == "Split"
         and before["pattern"].get("Regex") in (r"[\s\S]", r"(?s).", r"(?s:.)")

@@ -29,7 +29,9 @@ TYPES = {
     "q4_1": "MOSTLY_Q4_1",
     "q4_0": "MOSTLY_Q4_0",
 }
-_HALF_MAX = torch.finfo(torch.float16).max
+_HALF = torch.finfo(torch.float16).max
+# The largest value of a type: its scale (and its offset) is float16, and the largest code multiplies it.
+_LARGEST = {"f16": _HALF, "q8_0": 127 * _HALF, "q5_1": _HALF, "q5_0": 16 * _HALF, "q4_1": _HALF, "q4_0": 8 * _HALF}
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,10 @@ def _encoded(gguf: Any, tensor: Tensor) -> Iterator[tuple[bytes, float, float]]:
     kind = _qtype(tensor.type)
     for piece in tensor.pieces():
         values = piece.contiguous().numpy()
-        if tensor.type not in ("f32", "bf16") and values.size and abs(values).max() > _HALF_MAX:
+        largest = abs(values).max() if values.size else 0.0
+        if largest > _LARGEST.get(tensor.type, math.inf):
             raise RequestError(
-                f"{tensor.source} holds values up to {abs(values).max():.3g}, beyond the range of {tensor.type}; "
-                "choose f32 or bf16"
+                f"{tensor.source} holds values up to {largest:.3g}, beyond the range of {tensor.type}; take f32 or bf16"
             )
         stored = gguf.quants.quantize(values, kind)
         error = 0.0
