@@ -128,7 +128,7 @@ FAMILIES = {
     ),
     "qwen3": (
         "Qwen3Config",
-        {**WIDE, "tie_word_embeddings": True},
+        {**SMALL, "head_dim": 128, "tie_word_embeddings": True},
         lambda: byte_level(QWEN2, ignore_merges=False, bos=False),
     ),
     "gemma": ("GemmaConfig", WIDE, lambda: sentencepiece(False)),

@@ -16,7 +16,8 @@ gguf = pytest.importorskip("gguf")
 
 from halfbyte.models.gguf import TYPES, export_gguf  # noqa: E402
 
-FAMILIES = ["llama", "llama-tied-linear", "llama3", "mistral", "qwen2", "qwen2-yarn", "qwen3", "gemma2", "gemma3"]
+# Those that transformers' reader knows whole; it leaves out the biases of "llama".
+FAMILIES = ["llama-tied-linear", "llama3", "mistral", "qwen2", "qwen2-yarn", "qwen3", "gemma2", "gemma3"]
 
 
 def read(path):
@@ -90,6 +91,21 @@ def test_a_4_bit_model_goes_out_as_its_decoded_values(gguf_folder, tmp_path, sto
         dense = model.get_parameter(f"model.layers.0.{theirs}.weight").dequantize(torch.float32)
         assert np.array_equal(tensors[f"blk.0.{ours}.weight"][1], dense.numpy())
     assert "nf4" in written.notes[-1] and "14 tensors" in written.notes[-1]
+
+
+def test_biases_of_a_llama_go_out_in_the_order_of_their_rows(gguf_folder, tmp_path):
+    export_gguf(gguf_folder("llama"), tmp_path / "model.gguf")
+    _, tensors = read(tmp_path / "model.gguf")
+    state = {name: tensor.numpy() for name, tensor in hb.load_model(gguf_folder("llama")).state_dict().items()}
+    for ours, theirs in (
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("ffn_up", "mlp.up_proj"),
+    ):
+        assert np.array_equal(tensors[f"blk.1.{ours}.bias"][1], state[f"model.layers.1.{theirs}.bias"])
+    for ours, theirs, heads in (("attn_q", "q_proj", 4), ("attn_k", "k_proj", 2)):
+        halves = state[f"model.layers.1.self_attn.{theirs}.bias"].reshape(heads, 2, 8)
+        assert np.array_equal(tensors[f"blk.1.{ours}.bias"][1], np.stack([halves[:, 0], halves[:, 1]], -1).ravel())
 
 
 def test_rows_that_are_not_whole_blocks_stay_f16(tmp_path, gguf_folder):

@@ -148,13 +148,19 @@ def test_a_merge_that_only_llama_cpp_would_make_is_refused(build):
         tables(described(build.sentencepiece(True), model=model))
 
 
-def test_merges_whose_order_no_score_can_say_are_refused(build):
-    core = json.loads(build.sentencepiece(True).backend_tokenizer.to_str())
-    merges = core["model"]["merges"]
-    at = next(at for at, (one, two) in enumerate(pairwise(merges)) if "".join(one) == "".join(two))
-    model = core["model"] | {"merges": [*merges[:at], *merges[at + 1 :], merges[at]]}
-    with pytest.raises(RequestError, match=re.escape(f"make {''.join(merges[at])!r} are not together")):
-        tables(described(build.sentencepiece(True), model=model))
+def test_merges_whose_order_no_score_can_say_are_refused():
+    words = ["<unk>", *"abc", "ab", "bc", "abc"]
+
+    def merging(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
+        vocabulary = {word: index for index, word in enumerate(words)}
+        core = Tokenizer(models.BPE(vocabulary, list(merges), unk_token="<unk>", byte_fallback=True))
+        core.normalizer = normalizers.Replace(" ", "▁")
+        return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+    values, _ = tables(merging(("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")))
+    assert values["scores"][-3:] == [0, -1, -2]
+    with pytest.raises(RequestError, match="the merges that make 'abc' are not together"):
+        tables(merging(("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")))
 
 
 def test_metaspace_is_a_prefix_space_with_a_note(build):

@@ -109,11 +109,13 @@ def export_adapter(
 def _options(folder: Path) -> dict[str, Any]:
     """adapter_config.json, refused where it says more than A and B."""
     try:
-        options = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        options: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{folder / CONFIG} cannot be read: {error.strerror or error}") from None
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is not a JSON object: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} is not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise CheckpointError(f"{folder / CONFIG} holds a {type(options).__name__}, not an object")
     for option, plain in _PLAIN.items():
         if options.get(option) not in plain:
             raise RequestError(
