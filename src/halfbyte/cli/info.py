@@ -16,6 +16,7 @@ from halfbyte.errors import CheckpointError
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "safetensors", "bitsandbytes")
 STATE_MARKER = ".quant_state."
 ARCHIVE = ".nf4dq"
+GGUF = ".gguf"
 
 
 def info(
@@ -67,6 +68,10 @@ def folder_info(folder: Path) -> dict[str, Any]:
     """
     if folder.suffix == ARCHIVE:
         return _archive_info(folder)
+    if folder.suffix == GGUF:
+        from halfbyte.models import read_config
+
+        read_config(folder)  # says what halfbyte does with such a file
     if not folder.is_dir():
         raise CheckpointError(f"folder {folder} does not exist.")
     if (folder / "adapter_config.json").is_file():

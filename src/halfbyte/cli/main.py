@@ -16,6 +16,7 @@ import typer
 from halfbyte import env
 from halfbyte.cli.chat import chat
 from halfbyte.cli.data import data
+from halfbyte.cli.export import export
 from halfbyte.cli.generate import generate
 from halfbyte.cli.info import info
 from halfbyte.cli.quantize import quantize
@@ -52,7 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug keeps Python's own traceback
     rich_markup_mode=None,
 )
-for command in (quantize, data, train, generate, chat, serve, info):
+for command in (quantize, data, train, generate, chat, serve, export, info):
     app.command()(_told(command))
 
 

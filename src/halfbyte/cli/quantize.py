@@ -75,13 +75,14 @@ def _quantize(model: str, output: Path, config: HalfbyteConfig, compress: bool) 
     from halfbyte.models import is_archive, open_checkpoint, quantize_to_archive, quantize_to_folder
 
     folder = Path(model)
-    task = _task(open_checkpoint(folder, verify=False).config) if folder.exists() else "causal-lm"
+    task = task_of(open_checkpoint(folder, verify=False).config) if folder.exists() else "causal-lm"
     if is_archive(output):
         return quantize_to_archive(model, output, config, task=task, compress=compress)
     return quantize_to_folder(model, output, config, task=task)
 
 
-def _task(config: dict[str, Any]) -> str:
+def task_of(config: dict[str, Any]) -> str:
+    """The task that a model is loaded for, from its config.json."""
     architecture = next(iter(config.get("architectures") or []), "ForCausalLM")
     return next((task for ending, task in TASK_OF.items() if architecture.endswith(ending)), "encoder")
 

@@ -122,8 +122,8 @@ class Engine:
         try:
             if self.model.device.type != "cpu":
                 raise NotCoveredError(f"it is on {self.model.device}")
-            network = make_network(self.model, self.max_length, self._dtype)
             self._branches = {name: branches(self.model, name, self._dtype) for name in self._names}
+            network = make_network(self.model, self.max_length, self._dtype)
         except NotCoveredError as reason:
             self._fallback = TransformersDecoder(self.model, slots)
             self._set_names(self._names)

@@ -86,6 +86,11 @@ class LazyTensor:
         return _DTYPES.get(self.dtype_name, torch.uint8)
 
     @property
+    def stored(self) -> str:
+        """What the values are stored in: safetensors' name of a dtype, or a 4-bit or 8-bit format ("nf4", ...)."""
+        return self.dtype_name
+
+    @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
@@ -195,6 +200,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
         CheckpointError: the folder or the file does not exist, or is not a JSON object.
     """
     folder = Path(path)
+    if folder.suffix == ".gguf":
+        raise CheckpointError(
+            f"{folder} is a GGUF file, which halfbyte writes and does not read; name the model that it was made from, "
+            "or run it with llama.cpp"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder{_near(folder)}")
     file = folder / "config.json"

@@ -126,6 +126,54 @@ def _locked(folder: Path) -> int:
     return descriptor
 
 
+def check_output_file(path: str | Path) -> Path:
+    """Check, before any work is done, that a new file can be made at `path`.
+
+    Raises:
+        OutputError: it exists, or its parent cannot be written.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise OutputError(f"{file} is a folder; name a file")
+    if file.exists():
+        raise OutputError(f"{file} exists; name a new file or remove it yourself")
+    parent = file.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is a file, so {file} cannot be written")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"there is no permission to write into {parent}")
+    return file
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """A file to write that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: see `check_output_file`; also when the disk fills up inside the block.
+    """
+    file = check_output_file(path).absolute()
+    made = _make_parents(file.parent)
+    aside = None
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        os.close(descriptor)
+        aside = Path(name)
+        yield aside
+        aside.chmod(0o666 & ~umask())  # mkstemp makes what only its owner may open
+        sync(aside)
+        aside.rename(file)
+    except BaseException as error:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+        for parent in made:
+            parent.rmdir()
+        raise as_output_error(error, file) from None
+    sync(file.parent)
+
+
 def as_output_error(error: BaseException, folder: Path) -> BaseException:
     """Disk-full and permission errors as sentences; safetensors wraps the system's error in text of its own."""
     text = str(error)

@@ -39,6 +39,11 @@ class MappedTensor(LazyTensor):
         self._archive, self._entry = archive, entry
 
     @property
+    def stored(self) -> str:
+        """The format of a quantized tensor, or the dtype of a dense one."""
+        return self.dtype_name if self._entry.spec is None else self._entry.spec.format
+
+    @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return sum(section.nbytes for section in self._entry.parts.values())

@@ -205,7 +205,7 @@ def report(model: nn.Module, skipped: dict[str, str] | None = None) -> Quantizat
 def weight_shape(module: Any) -> tuple[int, int]:
     """Rows (out) and columns (in) of a linear layer's weight, whichever way it is stored."""
     rows, columns = module.weight.shape
-    return (columns, rows) if _is_conv1d(module) else (rows, columns)
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
 def _kind(module: nn.Module, attribute: str, parameter: nn.Parameter, embeddings: bool) -> tuple[str, str]:
@@ -214,7 +214,7 @@ def _kind(module: nn.Module, attribute: str, parameter: nn.Parameter, embeddings
         return "", ""
     if attribute == "weight" and type(module) is nn.Linear:
         return LINEAR, ""
-    if attribute == "weight" and _is_conv1d(module):
+    if attribute == "weight" and is_conv1d(module):
         return CONV1D, ""
     if isinstance(module, nn.Embedding):
         return (EMBEDDING, "") if embeddings else ("", "embedding")
@@ -225,7 +225,8 @@ def _kind(module: nn.Module, attribute: str, parameter: nn.Parameter, embeddings
     return "", ""
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' linear layer that stores its weight transposed, [in, out]."""
     # By name: transformers is not imported here, and its Conv1D is the only one with a 2-D weight and `nf`.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 

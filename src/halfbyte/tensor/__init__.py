@@ -1,6 +1,6 @@
 """QuantizedTensor: a weight of any shape in half a byte an element, and its keys in files."""
 
-from halfbyte.tensor.layout import LAYOUTS, flatten, is_state_key, read_spec, unflatten
+from halfbyte.tensor.layout import LAYOUTS, flatten, is_state_key, read_shape, read_spec, unflatten
 from halfbyte.tensor.quantized import QuantizedTensor, quantize
 
-__all__ = ["LAYOUTS", "QuantizedTensor", "flatten", "is_state_key", "quantize", "read_spec", "unflatten"]
+__all__ = ["LAYOUTS", "QuantizedTensor", "flatten", "is_state_key", "quantize", "read_shape", "read_spec", "unflatten"]

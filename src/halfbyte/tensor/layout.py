@@ -134,6 +134,11 @@ def read_spec(key: str, state: torch.Tensor) -> QuantSpec:
     return _read_spec(_STATE_KEY.sub("", key), _read_state(key, state))
 
 
+def read_shape(key: str, state: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the weight that a `quant_state` entry describes; arguments and errors as for `read_spec`."""
+    return tuple(_read_state(key, state)["shape"])
+
+
 def _read_state(key: str, tensor: torch.Tensor) -> dict[str, Any]:
     try:
         state = json.loads(bytes(tensor.cpu().numpy()))
