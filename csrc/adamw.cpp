@@ -38,40 +38,40 @@ void for_each_piece(int threads, const hb_adamw_tensor *tensors, int64_t count, 
 bool has_rank_one(const hb_adamw_tensor &t) { return t.columns > 0; }
 bool any_tensor(const hb_adamw_tensor &) { return true; }
 
-// Magnitudes of a map's non-negative entries -> buckets. `mantissa` bits make a bucket narrower than any gap.
-struct BucketTable {
-    std::vector<int32_t> entries;
-    DynamicBuckets buckets;
+// The bits of a float as an integer that compares as the float does.
+int32_t ordered(float x) {
+    const int32_t bits = int32_t(bits_of(x));
+    return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
 
-    BucketTable(const float *values, int count, int mantissa) {
-        std::vector<float> thresholds;
-        for (int i = 0; i + 1 < count; ++i) thresholds.push_back((values[i] + values[i + 1]) / 2);
-        const int shift = 23 - mantissa;
-        const int32_t first = int32_t(bits_of(thresholds.front()) >> shift) - 1;  // the first bucket is an empty one
-        const int32_t last = int32_t(bits_of(1.0f) >> shift);
-        size_t below = 0;
-        for (int32_t bucket = first; bucket <= last; ++bucket) {
-            uint32_t inside = 1u << shift;  // lower bits, even one more, are never above it
-            const size_t rank = below;
-            if (below < thresholds.size() && int32_t(bits_of(thresholds[below]) >> shift) == bucket) {
-                inside = bits_of(thresholds[below++]) & (inside - 1);
+// A map's values [256], ascending -> its buckets.
+std::vector<int32_t> buckets_of(const float *values, int shift) {
+    std::vector<int32_t> buckets(size_t(1) << (32 - shift));
+    uint32_t rank = 0;
+    for (int64_t first = INT32_MIN; first <= INT32_MAX; first += int64_t(1) << shift) {
+        uint32_t entry = rank << 24;
+        if (rank < 255) {
+            const int64_t inside = ordered((values[rank] + values[rank + 1]) / 2) - first;
+            if (inside < int64_t(1) << shift) {
+                entry += 0xffffff - uint32_t(inside);
+                ++rank;
             }
-            entries.push_back(int32_t(uint32_t(rank) << 24 | inside));
         }
-        buckets = {shift, first, last, entries.data()};
+        buckets[uint32_t(first) >> shift] = int32_t(entry - uint32_t(first));
     }
-};
+    return buckets;
+}
 
 }  // namespace
 
-const DynamicBuckets &signed_buckets() {
-    static const BucketTable table(kScaleTable8 + 127, 129, 6);  // entry 127 is zero
-    return table.buckets;
+const int32_t *signed_buckets() {
+    static const std::vector<int32_t> buckets = buckets_of(kScaleTable8, kSignedShift);
+    return buckets.data();
 }
 
-const DynamicBuckets &unsigned_buckets() {
-    static const BucketTable table(kUnsignedDynamic, 256, 7);
-    return table.buckets;
+const int32_t *unsigned_buckets() {
+    static const std::vector<int32_t> buckets = buckets_of(kUnsignedDynamic, kUnsignedShift);
+    return buckets.data();
 }
 
 }  // namespace halfbyte

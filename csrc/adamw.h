@@ -22,7 +22,10 @@ constexpr uint32_t kHash1 = 0x9e3779b1, kHash2 = 0x7feb352d, kHash3 = 0x846ca68b
 
 // What a stage works on; padded to whole vectors of any width.
 struct Buffers {
-    alignas(64) float param[kAdamWBlock], grad[kAdamWBlock], moment1[kAdamWBlock], moment2[kAdamWBlock];
+    alignas(64) float param[kAdamWBlock], grad[kAdamWBlock];
+    struct Moments {
+        alignas(64) float first[kAdamWBlock], second[kAdamWBlock];
+    } moments[2];
     alignas(64) float scale[kAdamWBlock];
     alignas(64) uint8_t codes[kAdamWBlock];
 };
@@ -45,34 +48,48 @@ struct AdamWStep {
             const uint16_t *source = static_cast<const uint16_t *>(x) + at;
             int64_t i = 0;
             for (; i + kWidth <= count; i += kWidth) Lanes::store(buffer + i, Lanes::load_bf16(source + i));
+            if (count % kWidth == 0) return buffer;
             for (; i < count; ++i) buffer[i] = to_float(bfloat16{source[i]});
         }
         for (int64_t i = count; i < padded(count); ++i) buffer[i] = 0;
         return buffer;
     }
 
+    // The numbers of a step, each in a register: where they lie they would be read again for every vector, since a store
+    // of codes may have changed them as far as the compiler knows.
+    struct Numbers {
+        F grad_scale, beta1, weight1, beta2, weight2, eps, correction2, inverse2, step_size, decay;
+        bool near;  // the first moment moves less than half of the way to the gradient
+
+        explicit Numbers(const hb_adamw_options &o)
+            : grad_scale(Lanes::set(o.grad_scale)), beta1(Lanes::set(o.beta1)), weight1(Lanes::set(o.weight1)),
+              beta2(Lanes::set(o.beta2)), weight2(Lanes::set(o.weight2)), eps(Lanes::set(o.eps)),
+              correction2(Lanes::set(o.correction2)), inverse2(Lanes::set(o.inverse2)),
+              step_size(Lanes::set(o.step_size)), decay(Lanes::set(o.decay)), near(o.weight1 < 0.5f) {}
+    };
+
     // The second moment's update, alone because 4-bit states need it twice.
-    static F second(const hb_adamw_options &o, F moment2, F grad) {
-        return Lanes::fma(Lanes::mul(grad, Lanes::set(o.weight2)), grad, Lanes::mul(moment2, Lanes::set(o.beta2)));
+    static F second(const Numbers &o, F moment2, F grad) {
+        return Lanes::fma(Lanes::mul(grad, o.weight2), grad, Lanes::mul(moment2, o.beta2));
     }
 
     // Both moments and the parameter of one vector. kLerp: the first moment as torch's fused AdamW computes it
     // (m + (1 - beta1)(g - m)); otherwise as bitsandbytes does (beta1 m + (1 - beta1) g), and without a second division.
     template <bool kLerp>
-    static F update(const hb_adamw_options &o, F param, F grad, F &moment1, F &moment2) {
-        grad = Lanes::mul(grad, Lanes::set(o.grad_scale));
+    static F update(const Numbers &o, F param, F grad, F &moment1, F &moment2) {
+        grad = Lanes::mul(grad, o.grad_scale);
         if (!kLerp) {
-            moment1 = Lanes::fma(grad, Lanes::set(o.weight1), Lanes::mul(moment1, Lanes::set(o.beta1)));
-        } else if (o.weight1 < 0.5f) {
-            moment1 = Lanes::fma(Lanes::set(o.weight1), Lanes::sub(grad, moment1), moment1);
+            moment1 = Lanes::fma(grad, o.weight1, Lanes::mul(moment1, o.beta1));
+        } else if (o.near) {
+            moment1 = Lanes::fma(o.weight1, Lanes::sub(grad, moment1), moment1);
         } else {
-            moment1 = Lanes::fma(Lanes::set(o.weight1 - 1.0f), Lanes::sub(grad, moment1), grad);
+            moment1 = Lanes::fma(Lanes::sub(o.weight1, Lanes::set(1)), Lanes::sub(grad, moment1), grad);
         }
         moment2 = second(o, moment2, grad);
-        const F root = kLerp ? Lanes::div(Lanes::sqrt(moment2), Lanes::set(o.correction2))
-                             : Lanes::mul(Lanes::sqrt(moment2), Lanes::set(o.inverse2));
-        const F step = Lanes::div(Lanes::mul(Lanes::set(o.step_size), moment1), Lanes::add(root, Lanes::set(o.eps)));
-        return Lanes::add(Lanes::mul(param, Lanes::set(o.decay)), step);
+        const F root = kLerp ? Lanes::div(Lanes::sqrt(moment2), o.correction2)
+                             : Lanes::mul(Lanes::sqrt(moment2), o.inverse2);
+        const F step = Lanes::div(Lanes::mul(o.step_size, moment1), Lanes::add(root, o.eps));
+        return Lanes::add(Lanes::mul(param, o.decay), step);
     }
 
     // Moments that are read where they lie, and moments that are decoded as they are needed: while the divider works on
@@ -93,11 +110,30 @@ struct AdamWStep {
         }
     };
 
-    // param, grad, moments [count, padded] -> the same; returns the largest magnitudes.
-    template <bool kLerp, class Moments>
-    static void update_all(const hb_adamw_options &o, int64_t count, const float *param, const float *grad,
+    // A whole block of new moments whose codes are still to be written. That is done beside the update of the next
+    // block, for the same reason.
+    struct Pending {
+        const float *moment1, *moment2;
+        F factor1, factor2;
+        uint8_t *codes1, *codes2;
+        const int32_t *buckets1, *buckets2;
+        void operator()(int64_t i) const {
+            const F first = Lanes::mul(Lanes::load(moment1 + i), factor1);
+            const F second = Lanes::mul(Lanes::load(moment2 + i), factor2);
+            Lanes::store_bytes(codes1 + i, nearest<true>(buckets1, first));
+            Lanes::store_bytes(codes2 + i, nearest<false>(buckets2, second));
+        }
+    };
+    struct Nothing {
+        void operator()(int64_t) const {}
+    };
+
+    // param, grad, moments [count, padded] -> the same; returns the largest magnitudes. `beside` is called for each
+    // vector.
+    template <bool kLerp, class Moments, class Beside = Nothing>
+    static void update_all(const Numbers &o, int64_t count, const float *param, const float *grad,
                            const Moments &moments, float *param_out, float *moment1, float *moment2, float *largest1,
-                           float *largest2) {
+                           float *largest2, const Beside &beside = {}) {
         F most1 = Lanes::set(0), most2 = Lanes::set(0);
         for (int64_t i = 0; i < count; i += kWidth) {
             F m = moments.first(i), v = moments.second(i);
@@ -107,6 +143,7 @@ struct AdamWStep {
             Lanes::store(moment2 + i, v);
             most1 = Lanes::max(most1, Lanes::abs(m));
             most2 = Lanes::max(most2, v);
+            beside(i);
         }
         *largest1 = Lanes::largest(most1);
         *largest2 = Lanes::largest(most2);
@@ -123,43 +160,24 @@ struct AdamWStep {
         for (; i % kWidth; ++i) out[i] = 0;
     }
 
-    // x [count, padded] / absmax -> the nearest codes. A whole block multiplies by the reciprocal, a partial one divides:
-    // formats/blockwise.py says why.
+    // x [count, padded] / absmax -> the nearest codes, of a block that is not whole: formats/blockwise.py says why it
+    // is divided where a whole block (Pending) multiplies by the reciprocal.
     template <bool kSigned>
-    static void encode8(const float *x, float absmax, bool whole, int64_t count, uint8_t *codes) {
-        const DynamicBuckets buckets = kSigned ? signed_buckets() : unsigned_buckets();
-        const float held = absmax < kTiny ? kTiny : absmax;
-        const F factor = Lanes::set(whole ? 1.0f / held : held);
-        uint8_t last[kWidth];
+    static void encode8(const float *x, float absmax, int64_t count, uint8_t *codes) {
+        const int32_t *buckets = kSigned ? signed_buckets() : unsigned_buckets();
+        alignas(64) uint8_t last[kWidth];
         for (int64_t i = 0; i < count; i += kWidth) {
-            const F value = Lanes::load(x + i);
-            const F ratio = whole ? Lanes::mul(value, factor) : Lanes::div(value, factor);
-            const I code = nearest<kSigned>(buckets, ratio);
-            if (i + kWidth <= count) {
-                Lanes::store_bytes(codes + i, code);
-            } else {
-                Lanes::store_bytes(last, code);
-                std::memcpy(codes + i, last, size_t(count - i));
-            }
+            Lanes::store_bytes(last, nearest<kSigned>(buckets, Lanes::div(Lanes::load(x + i), Lanes::set(absmax))));
+            std::memcpy(codes + i, last, size_t(std::min(kWidth, count - i)));
         }
     }
 
-    // The code of the nearest entry of a dynamic map; a tie goes to the lower value. See DynamicBuckets.
+    // The code of the nearest entry of a dynamic map; a tie goes to the lower value. See signed_buckets().
     template <bool kSigned>
-    static I nearest(const DynamicBuckets &buckets, F x) {
-        const I bits = Lanes::as_integers(x), magnitude = Lanes::band(bits, Lanes::seti(0x7fffffff));
-        const I held = Lanes::maxi(Lanes::seti(buckets.first << buckets.shift),
-                                   Lanes::mini(magnitude, Lanes::seti(buckets.last << buckets.shift)));
-        const I entry = Lanes::gather(
-            buckets.entries, Lanes::subi(Lanes::shift_right(held, buckets.shift), Lanes::seti(buckets.first)));
-        const I low = Lanes::band(held, Lanes::seti((1 << buckets.shift) - 1));
-        const I rank = Lanes::shift_right(entry, 24), threshold = Lanes::band(entry, Lanes::seti(0xffffff));
-        if (!kSigned) return Lanes::add_if_greater(rank, low, threshold);
-        // Of a negative number the lower value is the one further from zero: a tie counts as above the threshold.
-        const I sign = Lanes::shift_right(bits, 31);
-        const I far = Lanes::add_if_greater(rank, Lanes::addi(low, sign), threshold);
-        const I below = Lanes::subi(Lanes::seti(127), Lanes::mini(far, Lanes::seti(127)));
-        return Lanes::choose(sign, below, Lanes::addi(far, Lanes::seti(127)));
+    static I nearest(const int32_t *buckets, F x) {
+        const I key = kSigned ? Lanes::ordered(x) : Lanes::as_integers(x);
+        const I bucket = Lanes::template shift_right<kSigned ? kSignedShift : kUnsignedShift>(key);
+        return Lanes::template shift_right<24>(Lanes::addi(Lanes::gather(buckets, bucket), key));
     }
 
     // The updated parameters of elements [at, at + count), from `updated` to where they live.
@@ -201,44 +219,75 @@ struct AdamWStep {
         return direct ? static_cast<float *>(t.param) + at : buffer;
     }
 
-    static void block_float(const hb_adamw_tensor &t, const hb_adamw_options &o, int64_t at, int64_t count,
-                            Buffers &b) {
+    static void block_float(const hb_adamw_tensor &t, const Numbers &numbers, int64_t at, int64_t count, Buffers &b) {
         float *const m = static_cast<float *>(t.state1) + at, *const v = static_cast<float *>(t.state2) + at;
+        Buffers::Moments &moments = b.moments[0];
         const bool direct = count % kWidth == 0;
         float *const target = param_target(t, at, count, b.param), unused1, unused2;
-        const Stored stored{floats(m, HB_FLOAT32, 0, count, b.moment1), floats(v, HB_FLOAT32, 0, count, b.moment2)};
-        update_all<true>(o, count, params(t, at, count, b.param), floats(t.grad, t.grad_dtype, at, count, b.grad),
-                         stored, target, direct ? m : b.moment1, direct ? v : b.moment2, &unused1, &unused2);
+        const Stored stored{floats(m, HB_FLOAT32, 0, count, moments.first),
+                            floats(v, HB_FLOAT32, 0, count, moments.second)};
+        update_all<true>(numbers, count, params(t, at, count, b.param),
+                         floats(t.grad, t.grad_dtype, at, count, b.grad), stored, target,
+                         direct ? m : moments.first, direct ? v : moments.second, &unused1, &unused2);
         if (!direct) {
-            std::memcpy(m, b.moment1, size_t(count) * 4);
-            std::memcpy(v, b.moment2, size_t(count) * 4);
+            std::memcpy(m, moments.first, size_t(count) * 4);
+            std::memcpy(v, moments.second, size_t(count) * 4);
         }
         store_param(t, target, at, count);
     }
 
-    static void block8(const hb_adamw_tensor &t, const hb_adamw_options &o, int64_t at, int64_t count, Buffers &b) {
+    // A whole block but for its codes: those are returned.
+    template <class Beside>
+    static Pending block8(const hb_adamw_tensor &t, const Numbers &numbers, int64_t at, Buffers &b,
+                          Buffers::Moments &next, const Beside &beside) {
         uint8_t *const codes1 = static_cast<uint8_t *>(t.state1) + at;
         uint8_t *const codes2 = static_cast<uint8_t *>(t.state2) + at;
         float &absmax1 = t.scale1[at / kAdamWBlock], &absmax2 = t.scale2[at / kAdamWBlock];
-        const bool whole = count == kAdamWBlock;
+        float *const target = param_target(t, at, kAdamWBlock, b.param);
+        const Coded coded{codes1, codes2, Lanes::set(absmax1), Lanes::set(absmax2)};
+        update_all<false>(numbers, kAdamWBlock, params(t, at, kAdamWBlock, b.param),
+                          floats(t.grad, t.grad_dtype, at, kAdamWBlock, b.grad), coded, target, next.first,
+                          next.second, &absmax1, &absmax2, beside);
+        store_param(t, target, at, kAdamWBlock);
+        return Pending{next.first,
+                       next.second,
+                       Lanes::set(1.0f / std::max(absmax1, kTiny)),
+                       Lanes::set(1.0f / std::max(absmax2, kTiny)),
+                       codes1,
+                       codes2,
+                       signed_buckets(),
+                       unsigned_buckets()};
+    }
+
+    // The last block of a tensor, when it is not whole.
+    static void part8(const hb_adamw_tensor &t, const Numbers &numbers, int64_t at, int64_t count, Buffers &b) {
+        uint8_t *const codes1 = static_cast<uint8_t *>(t.state1) + at;
+        uint8_t *const codes2 = static_cast<uint8_t *>(t.state2) + at;
+        float &absmax1 = t.scale1[at / kAdamWBlock], &absmax2 = t.scale2[at / kAdamWBlock];
         float *const target = param_target(t, at, count, b.param);
-        const float *const param = params(t, at, count, b.param);
-        const float *const grad = floats(t.grad, t.grad_dtype, at, count, b.grad);
-        float largest1, largest2;
-        if (whole) {
-            const Coded coded{codes1, codes2, Lanes::set(absmax1), Lanes::set(absmax2)};
-            update_all<false>(o, count, param, grad, coded, target, b.moment1, b.moment2, &largest1, &largest2);
-        } else {
-            decode8(codes1, kScaleTable8, absmax1, count, b.moment1);
-            decode8(codes2, kUnsignedDynamic, absmax2, count, b.moment2);
-            const Stored stored{b.moment1, b.moment2};
-            update_all<false>(o, count, param, grad, stored, target, b.moment1, b.moment2, &largest1, &largest2);
-        }
-        absmax1 = whole ? largest1 : std::max(largest1, kTiny);
-        absmax2 = whole ? largest2 : std::max(largest2, kTiny);
-        encode8<true>(b.moment1, largest1, whole, count, codes1);
-        encode8<false>(b.moment2, largest2, whole, count, codes2);
+        float *const m = b.moments[0].first, *const v = b.moments[0].second;
+        decode8(codes1, kScaleTable8, absmax1, count, m);
+        decode8(codes2, kUnsignedDynamic, absmax2, count, v);
+        update_all<false>(numbers, count, params(t, at, count, b.param),
+                          floats(t.grad, t.grad_dtype, at, count, b.grad), Stored{m, v}, target, m, v, &absmax1,
+                          &absmax2);
+        absmax1 = std::max(absmax1, kTiny);
+        absmax2 = std::max(absmax2, kTiny);
+        encode8<true>(m, absmax1, count, codes1);
+        encode8<false>(v, absmax2, count, codes2);
         store_param(t, target, at, count);
+    }
+
+    static void range8(const hb_adamw_tensor &t, const Numbers &numbers, int64_t at, int64_t count, Buffers &b) {
+        const int64_t end = at + count, part = end - count % kAdamWBlock;
+        if (at < part) {
+            Pending pending = block8(t, numbers, at, b, b.moments[0], Nothing{});
+            for (int turn = 1; (at += kAdamWBlock) < part; turn ^= 1) {
+                pending = block8(t, numbers, at, b, b.moments[turn], pending);
+            }
+            for (int64_t i = 0; i < kAdamWBlock; i += kWidth) pending(i);
+        }
+        if (part < end) part8(t, numbers, part, end - part, b);
     }
 
     // Codes [count] as bytes from nibbles, the earlier element in the upper one; `at` is even.
@@ -296,7 +345,7 @@ struct AdamWStep {
     static float as_float(float x) { return x; }
     static float as_float(uint32_t x) { return float_of(x); }
 
-    // Second moments [at, at + count) as they are stored -> b.moment2; b.scale and b.codes are used on the way.
+    // Second moments [at, at + count) as they are stored -> b.moments[0].second, by way of b.scale and b.codes.
     static void decode_second4(const hb_adamw_tensor &t, int64_t at, int64_t count, Buffers &b) {
         if (t.columns) {
             second_scales(t, t.scale2, t.scale2_columns, at, count, b.scale);
@@ -307,24 +356,26 @@ struct AdamWStep {
         for (int64_t i = count; i < padded(count); ++i) b.codes[i] = 0;
         for (int64_t i = 0; i < count; i += kWidth) {
             const F value = Lanes::gather(kLinear4, Lanes::load_bytes(b.codes + i));
-            Lanes::store(b.moment2 + i, Lanes::mul(value, Lanes::load(b.scale + i)));
+            Lanes::store(b.moments[0].second + i, Lanes::mul(value, Lanes::load(b.scale + i)));
         }
-        for (int64_t i = count; i < padded(count); ++i) b.moment2[i] = 0;
+        for (int64_t i = count; i < padded(count); ++i) b.moments[0].second[i] = 0;
     }
 
-    static void block4(const hb_adamw_tensor &t, const hb_adamw_options &o, const RankOne &next, int64_t at,
+    static void block4(const hb_adamw_tensor &t, const Numbers &numbers, const RankOne &next, int64_t at,
                        int64_t count, Buffers &b) {
         float &absmax1 = t.scale1[at / kAdamWBlock4];
         unpack4(t.state1, at, count, b.codes);
-        decode8(b.codes, kDynamic4, absmax1, count, b.moment1);
+        decode8(b.codes, kDynamic4, absmax1, count, b.moments[0].first);
         decode_second4(t, at, count, b);
         float *const target = param_target(t, at, count, b.param);
         float largest1, largest2;
-        update_all<false>(o, count, params(t, at, count, b.param), floats(t.grad, t.grad_dtype, at, count, b.grad),
-                          Stored{b.moment1, b.moment2}, target, b.moment1, b.moment2, &largest1, &largest2);
+        float *const m = b.moments[0].first, *const v = b.moments[0].second;
+        update_all<false>(numbers, count, params(t, at, count, b.param),
+                          floats(t.grad, t.grad_dtype, at, count, b.grad), Stored{m, v}, target, m, v, &largest1,
+                          &largest2);
         absmax1 = largest1;
         fill(largest1, count, b.scale);
-        encode4(b.moment1, b.scale, kDynamic4Thresholds, count, b.codes);
+        encode4(b.moments[0].first, b.scale, kDynamic4Thresholds, count, b.codes);
         pack4(b.codes, 7, at, count, t.state1);  // entry 7 is zero
         if (t.columns) {
             second_scales(t, next.rows, next.columns, at, count, b.scale);
@@ -332,7 +383,7 @@ struct AdamWStep {
             t.scale2[at / kAdamWBlock4] = largest2;
             fill(largest2, count, b.scale);
         }
-        encode4(b.moment2, b.scale, kLinear4Thresholds, count, b.codes);
+        encode4(b.moments[0].second, b.scale, kLinear4Thresholds, count, b.codes);
         pack4(b.codes, 0, at, count, t.state2);
         store_param(t, target, at, count);
     }
@@ -348,16 +399,17 @@ struct AdamWStep {
     static void rank_one(const hb_adamw_tensor &t, const hb_adamw_options &o, const RankOne &next, int64_t at,
                          int64_t count) {
         Buffers b;
+        const Numbers numbers(o);
         for (const int64_t end = at + count; at < end; at += kAdamWBlock4) {
             const int64_t size = std::min(kAdamWBlock4, end - at);
             decode_second4(t, at, size, b);
             const float *grad = floats(t.grad, t.grad_dtype, at, size, b.grad);
             for (int64_t i = 0; i < size; i += kWidth) {
-                const F scaled = Lanes::mul(Lanes::load(grad + i), Lanes::set(o.grad_scale));
-                Lanes::store(b.moment2 + i, second(o, Lanes::load(b.moment2 + i), scaled));
+                const F scaled = Lanes::mul(Lanes::load(grad + i), numbers.grad_scale);
+                Lanes::store(b.moments[0].second + i, second(numbers, Lanes::load(b.moments[0].second + i), scaled));
             }
             for_each_row(t.columns, at, size, [&](int64_t row, int64_t column, int64_t i, int64_t length) {
-                const float *values = b.moment2 + i;
+                const float *values = b.moments[0].second + i;
                 float most = 0;
                 for (int64_t k = 0; k < length; ++k) most = std::max(most, values[k]);
                 raise(next.rows + row, most);
@@ -370,13 +422,15 @@ struct AdamWStep {
     static void run(const hb_adamw_tensor &t, const hb_adamw_options &o, const RankOne &next, int64_t at,
                     int64_t count) {
         Buffers b;
+        const Numbers numbers(o);
+        if (t.state == HB_STATE_8BIT) return range8(t, numbers, at, count, b);
         const int64_t block = t.state == HB_STATE_4BIT ? kAdamWBlock4 : kAdamWBlock;
         for (const int64_t end = at + count; at < end; at += block) {
             const int64_t size = std::min(block, end - at);
-            switch (t.state) {
-                case HB_STATE_FLOAT32: block_float(t, o, at, size, b); break;
-                case HB_STATE_8BIT: block8(t, o, at, size, b); break;
-                default: block4(t, o, next, at, size, b);
+            if (t.state == HB_STATE_4BIT) {
+                block4(t, numbers, next, at, size, b);
+            } else {
+                block_float(t, numbers, at, size, b);
             }
         }
     }

@@ -25,7 +25,6 @@ struct Eight {
     static F sqrt(F a) { return _mm256_sqrt_ps(a); }
     static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
-    static F min(F a, F b) { return _mm256_min_ps(a, b); }
     static float largest(F a) {
         alignas(32) float lanes[8];
         _mm256_store_ps(lanes, a);
@@ -42,7 +41,6 @@ struct Eight {
     static F gather(const float *table, I index) {
         return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), table, index, _mm256_castsi256_ps(all()), 4);
     }
-    static F to_floats(I a) { return _mm256_cvtepi32_ps(a); }
 
     static I seti(int32_t x) { return _mm256_set1_epi32(x); }
     static I load_bytes(const uint8_t *x) {
@@ -53,22 +51,21 @@ struct Eight {
         _mm_storel_epi64(reinterpret_cast<__m128i *>(out), _mm_packus_epi16(words, words));
     }
     static I as_integers(F a) { return _mm256_castps_si256(a); }
+    static I ordered(F a) {
+        const I bits = _mm256_castps_si256(a), sign = _mm256_srai_epi32(bits, 31);
+        return _mm256_xor_si256(bits, _mm256_srli_epi32(sign, 1));
+    }
     static I gather(const int32_t *table, I index) {
         return _mm256_mask_i32gather_epi32(_mm256_setzero_si256(), table, index, all(), 4);
     }
     static I addi(I a, I b) { return _mm256_add_epi32(a, b); }
-    static I subi(I a, I b) { return _mm256_sub_epi32(a, b); }
-    static I maxi(I a, I b) { return _mm256_max_epi32(a, b); }
-    static I mini(I a, I b) { return _mm256_min_epi32(a, b); }
-    static I band(I a, I b) { return _mm256_and_si256(a, b); }
-    static I shift_right(I a, int by) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(by)); }
+    template <int by>
+    static I shift_right(I a) {
+        return _mm256_srli_epi32(a, by);
+    }
     // A comparison that holds is -1 in every lane.
-    static I add_if_greater(I sum, I a, I b) { return _mm256_sub_epi32(sum, _mm256_cmpgt_epi32(a, b)); }
     static I add_if_greater(I sum, F a, F b) {
         return _mm256_sub_epi32(sum, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
-    }
-    static I choose(I which, I where_one, I where_zero) {
-        return _mm256_blendv_epi8(where_zero, where_one, _mm256_sub_epi32(_mm256_setzero_si256(), which));
     }
 };
 

@@ -20,25 +20,21 @@ struct One {
     static F sqrt(F a) { return std::sqrt(a); }
     static F abs(F a) { return std::fabs(a); }
     static F max(F a, F b) { return a > b ? a : b; }
-    static F min(F a, F b) { return a < b ? a : b; }
     static float largest(F a) { return a; }
     static F gather(const float *table, I index) { return table[index]; }
-    static F to_floats(I a) { return float(a); }
 
     static I seti(int32_t x) { return x; }
     static I load_bytes(const uint8_t *x) { return *x; }
     static void store_bytes(uint8_t *out, I x) { *out = uint8_t(x); }
     static I as_integers(F a) { return int32_t(bits_of(a)); }
+    static I ordered(F a) { return as_integers(a) < 0 ? as_integers(a) ^ 0x7fffffff : as_integers(a); }
     static I gather(const int32_t *table, I index) { return table[index]; }
-    static I addi(I a, I b) { return a + b; }
-    static I subi(I a, I b) { return a - b; }
-    static I maxi(I a, I b) { return a > b ? a : b; }
-    static I mini(I a, I b) { return a < b ? a : b; }
-    static I band(I a, I b) { return a & b; }
-    static I shift_right(I a, int by) { return int32_t(uint32_t(a) >> by); }
-    static I add_if_greater(I sum, I a, I b) { return sum + (a > b); }
+    static I addi(I a, I b) { return I(uint32_t(a) + uint32_t(b)); }
+    template <int by>
+    static I shift_right(I a) {
+        return int32_t(uint32_t(a) >> by);
+    }
     static I add_if_greater(I sum, F a, F b) { return sum + (a > b); }
-    static I choose(I which, I where_one, I where_zero) { return which ? where_one : where_zero; }
 };
 
 }  // namespace

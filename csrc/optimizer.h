@@ -12,17 +12,15 @@ constexpr int64_t kAdamWBlock = 256;
 // The same in 4-bit states (arXiv 2309.01507, B128).
 constexpr int64_t kAdamWBlock4 = 128;
 
-// Finds the nearest entry of a dynamic map without a search. The upper bits of a float32 in (0, 1] name a bucket that
-// is narrower than the gap between two thresholds, so it holds at most one: `entries[bucket]` is the count of
-// thresholds below the bucket in its upper 8 bits, and in the lower 24 the lower bits of the threshold inside (or a
-// number that is never exceeded). One lookup and one comparison give the rank that a search would.
-struct DynamicBuckets {
-    int shift;               // bits of a float below the bucket's
-    int32_t first, last;     // buckets: smaller numbers have rank 0, larger ones are held
-    const int32_t *entries;  // [last - first + 1]
-};
-const DynamicBuckets &signed_buckets();    // of kScaleTable8's magnitudes
-const DynamicBuckets &unsigned_buckets();  // of kUnsignedDynamic
+// What finds the nearest entry of a dynamic map without a search, from the bits of a float as an integer that compares as
+// the float does. Numbers whose bits above kShift are equal form a bucket, which is narrower than the gap between two
+// thresholds: it holds at most one. buckets[x >> kShift] has the count of thresholds below the bucket in its upper 8
+// bits and, below those, the number that carries into them when the lower bits of a number above the threshold are
+// added; the bucket itself is subtracted. So the code of every float is (buckets[x >> kShift] + x) >> 24, modulo 2^32,
+// without a comparison.
+constexpr int kSignedShift = 17, kUnsignedShift = 16;
+const int32_t *signed_buckets();    // of kScaleTable8 [2^(32 - kSignedShift)]
+const int32_t *unsigned_buckets();  // of kUnsignedDynamic
 
 // New scales of a matrix's second moment while the old ones are still read, as the bits of floats: those of numbers that
 // are not negative compare as integers, and an integer can be raised atomically.

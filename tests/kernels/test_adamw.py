@@ -92,26 +92,6 @@ def test_extreme_gradients_and_settings(isa, kind):
                 assert_equal(expected, found, scale, group)
 
 
-def test_every_mantissa_has_the_right_square_root(isa):
-    """The AVX512 step computes roots by fused arithmetic; here each is compared with the correctly rounded one."""
-    exponents = (0, 1) if isa == "avx512" else ()
-    for exponent in exponents:
-        for part in range(8):
-            mantissas = torch.arange(part << 20, (part + 1) << 20, dtype=torch.int32)
-            squares = (mantissas + ((127 + exponent) << 23)).view(torch.float32)
-            # A step from v = squares with m = 1 and no gradient: p = -1 / sqrt(v), and 1 / p shows the root's last bit
-            # where the reference, which takes the root in float64, has another one.
-            slots = []
-            for _ in range(2):
-                p = torch.zeros(squares.numel())
-                slots.append(Slot(p, 0, p.numel(), "float32", torch.ones_like(p), squares.clone()))
-            batches = [ReferenceBatch([slots[0]]), NativeBatch(NATIVE, [slots[1]])]
-            options = make_options(GROUP, 1, 1.0)._replace(beta2=1.0, weight2=0.0, eps=0.0, correction2=1.0)
-            for batch in batches:
-                batch.step([torch.zeros(squares.numel())], [options], [0], np.zeros((1, 2), np.uint32))
-            assert_equal(*slots)
-
-
 @pytest.mark.parametrize("book", [MOMENT1_8BIT, MOMENT2_8BIT], ids=lambda book: book.name)
 def test_codes_at_every_threshold(isa, book):
     """Numbers at, just below and just above each midpoint get the code that a search finds."""
