@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,7 +55,7 @@ def _show_rows(console: Console, inputs: DataInputs, rows: Tokenized, count: int
     """The first rows, and the longest."""
     from rich.text import Text
 
-    from halfbyte.data import shown_row
+    from halfbyte.data import shown_answers, shown_row
 
     labels = inputs.task.labels
     chosen = list(range(min(count, len(rows.dataset))))
@@ -63,8 +64,12 @@ def _show_rows(console: Console, inputs: DataInputs, rows: Tokenized, count: int
     for index in dict.fromkeys(chosen):
         row = rows.dataset[index]
         longest = ", the longest" if index == chosen[-1] and rows.facts is not None else ""
-        console.print(f"[bold]{_origin(inputs, rows, index)}{longest}, {len(row['input_ids'])} tokens[/]")
-        if labels:
+        prompt = row.get("prompt_ids")
+        tokens = len(row["input_ids"]) if prompt is None else len(prompt) + _longest_answer(row)
+        console.print(f"[bold]{_origin(inputs, rows, index)}{longest}, {tokens} tokens[/]")
+        if prompt is not None:
+            text = shown_answers(row, inputs.tokenizer, colour=console.is_terminal)
+        elif labels:
             text = Text(str(inputs.tokenizer.decode(row["input_ids"])))
             text.append(f"  -> {labels[row['labels']]}", "bold green")
         else:
@@ -72,8 +77,18 @@ def _show_rows(console: Console, inputs: DataInputs, rows: Tokenized, count: int
         if len(text) > LETTERS:
             text = text[:LETTERS].append(f" ... and {len(text) - LETTERS:,} letters more", "italic")
         console.print(text, end="\n\n")
-    if rows.report.trained is not None and count:
+    if "prompt_ids" in rows.dataset.column_names and count:
+        console.print(
+            "Good answers are green, bad ones red."
+            if console.is_terminal
+            else "Answers stand in ⟦ ⟧ behind their prompt."
+        )
+    elif rows.report.trained is not None and count:
         console.print("Trained tokens are green." if console.is_terminal else "Trained tokens stand in ⟦ ⟧.")
+
+
+def _longest_answer(row: Mapping[str, Any]) -> int:
+    return max(len(ids) for name, ids in row.items() if name.endswith("_ids") and name != "prompt_ids")
 
 
 def _origin(inputs: DataInputs, rows: Tokenized, index: int) -> str:
