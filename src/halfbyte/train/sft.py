@@ -186,7 +186,8 @@ def _train_in(
             return evaluator(model, tokenizer, task.eval_examples)
 
     data = rows.report.as_dict()
-    trainer.keep(metrics, {"data": data, "before": None if run.checkpoint else measure()})
+    facts = {"files": task.data_digests, "data": data, "before": None if run.checkpoint else measure()}
+    trainer.keep(metrics, facts)
     trainer.train_from(run.checkpoint)
     after = measure()
     summary = {
