@@ -30,13 +30,15 @@ import torch
 from rich.console import Console
 
 from halfbyte import env
+from halfbyte.device import this_machine
 from halfbyte.errors import RequestError
 from halfbyte.tensor import QuantizedTensor
 from halfbyte.train.memory import PeakMemory
 from halfbyte.train.optimizers import check_optimizer
+from halfbyte.train.pitfalls import Setting, find_pitfalls
 from halfbyte.train.progress import Metrics
 from halfbyte.train.recipe import Recipe, is_hub_name
-from halfbyte.train.targets import check_targets, outline, trainable_report
+from halfbyte.train.targets import Outline, check_targets, outline, trainable_report
 from halfbyte.train.tasks import TASKS, Task
 from halfbyte.train.unfinished import Unfinished, finished_summary, unfinished_run
 
@@ -65,7 +67,8 @@ class Inputs(DataInputs):
     """What was asked for, read and checked."""
 
     targets: str | list[str]
-    head: tuple[str, ...]
+    config: PretrainedConfig
+    outline: Outline
 
 
 def train(
@@ -119,7 +122,7 @@ def check_request(recipe: Recipe) -> Inputs:
     max_length = _max_length(recipe, config, tokenizer)
     model = outline(config, task.model_task)
     targets: str | list[str] = [] if recipe.method == "full" else check_targets(recipe, model.shapes)
-    return Inputs(task, tokenizer, max_length, targets, model.head)
+    return Inputs(task, tokenizer, max_length, targets, config, model)
 
 
 def check_data(recipe: Recipe) -> DataInputs:
@@ -161,11 +164,13 @@ def _train_in(
     rows = task.tokenize(task.examples, tokenizer, inputs.max_length)
     eval_rows = task.tokenize(task.eval_examples, tokenizer, inputs.max_length) if task.eval_examples else None
     console.print(f"data: {rows.report}")
-    base = load_base(recipe, head=inputs.head, num_labels=len(task.labels) or None)
+    warnings = _warn(recipe, inputs, rows.report.longest, console)
+    head = inputs.outline.head
+    base = load_base(recipe, head=head, num_labels=len(task.labels) or None)
     task.settle(base, tokenizer)
     cost = _cost_of(base)
     console.print(f"base: {base.halfbyte_report}")
-    model = add_adapter(base, recipe, inputs.targets, inputs.head)
+    model = add_adapter(base, recipe, inputs.targets, head)
     metrics = Metrics(run.folder / "metrics.jsonl", console)
     trainer = task.trainer()(
         model,
@@ -196,7 +201,8 @@ def _train_in(
         "data": data,
         **cost,
         **trainable_report(model),
-        "trained_whole": [*recipe.modules_to_save, *inputs.head],
+        "trained_whole": [*recipe.modules_to_save, *head],
+        "warnings": warnings,
         "steps": trainer.state.global_step,
         "seconds": round(metrics.seconds, 3),
         "tokens_per_second": round(metrics.tokens / max(metrics.seconds, 1e-9), 1),
@@ -211,6 +217,18 @@ def _train_in(
         _write(folder, recipe, model, tokenizer, summary)
         shutil.copyfile(metrics.path, folder / metrics.path.name)
     return summary
+
+
+def _warn(recipe: Recipe, inputs: Inputs, longest: int, console: Console) -> list[str]:
+    """Print the pitfalls of a run."""
+    length = inputs.max_length if recipe.packing else min(longest, inputs.max_length)
+    if recipe.task == "preference":  # both answers go through the model at once
+        length *= 2
+    setting = Setting(recipe, inputs.config, inputs.outline, inputs.targets, length, this_machine())
+    found = find_pitfalls(setting)
+    for warning in found:
+        console.print(f"warning: {warning}")
+    return found
 
 
 def load_base(recipe: Recipe, *, head: Sequence[str] = (), num_labels: int | None = None) -> PreTrainedModel:
