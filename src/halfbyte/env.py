@@ -5,6 +5,8 @@
 | `HALFBYTE_KERNELS` | `auto`, `cpu`, `reference` | which implementation of the ops runs; `auto` is the default |
 | `HALFBYTE_CPU_ISA` | `auto`, `generic`, `avx2`, `avx512`, `avx512bf16`, `amx`, `neon`, `neonbf16` | the CPU kernels |
 | `HALFBYTE_CACHE` | a folder | where tokenized data is kept; `halfbyte` in `XDG_CACHE_HOME` or `~/.cache` by default |
+| `HALFBYTE_CACHE_GB` | a number, 20 by default | what the cache may take; what was used longest ago goes first |
+| `WORLD_SIZE` | a number | set by launchers of several processes, which `halfbyte train` refuses |
 | `HF_HUB_OFFLINE` | `1` | set by halfbyte before a local path is opened: nothing reaches for a network |
 | `OMP_WAIT_POLICY` | `PASSIVE` | set by the command line unless it is set: idle threads sleep, they do not spin |
 """
@@ -18,6 +20,7 @@ from pathlib import Path
 from halfbyte.errors import RequestError, nearest
 
 KERNEL_CHOICES = ("auto", "cpu", "reference")
+CACHE_GB = 20
 CPU_ISA_CHOICES = ("auto", "generic", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")
 
 
@@ -47,11 +50,35 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte"
 
 
+def cache_limit() -> int:
+    """Bytes that the cache may take.
+
+    Raises:
+        RequestError: `HALFBYTE_CACHE_GB` is not a number, or below 0.
+    """
+    named = os.environ.get("HALFBYTE_CACHE_GB", "").strip() or str(CACHE_GB)
+    try:
+        limit = float(named)
+    except ValueError:
+        limit = -1
+    if not 0 <= limit < float("inf"):
+        raise RequestError(
+            f"HALFBYTE_CACHE_GB={named!r} is not a number of gigabytes; give one, {CACHE_GB} for example."
+        )
+    return int(limit * 1e9)
+
+
 def _choice(variable: str, choices: tuple[str, ...]) -> str:
     choice = os.environ.get(variable, "auto").strip().lower() or "auto"
     if choice not in choices:
         raise RequestError(f"{variable}={choice!r} is not offered; {nearest(choice, choices)}.")
     return choice
+
+
+def world_size() -> int:
+    """How many processes a launcher (torchrun, accelerate) has started for one run; 1 without one."""
+    named = os.environ.get("WORLD_SIZE", "")
+    return int(named) if named.isdecimal() else 1
 
 
 def go_offline() -> None:

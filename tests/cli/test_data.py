@@ -75,6 +75,20 @@ def test_labelled_texts_are_shown(show, write_rows):
     assert "label 1 2" in told
 
 
+def test_pairs_of_answers_are_shown(show, write_rows):
+    rows = [{"prompt": "q" * n, "chosen": "yes", "rejected": "no"} for n in (60, 1, 9, 1)]  # the first has no room
+    path = write_rows([*rows, {"prompt": "a", "chosen": "b", "rejected": "b"}])
+    told = show(dataset=str(path), task="preference", max_length=32)
+    assert "<s><|user|>q</s>\n<|assistant|>\nchosen: ⟦yes</s>⟧\nrejected: ⟦no</s>⟧\n" in told
+    told = lines(told)
+    assert f"{path}, line 2, 10 tokens" in told  # six of the prompt, and the end token behind "yes"
+    assert any(line.startswith(f"{path}, line 3, the longest, 1") for line in told)
+    assert "dropped (no answer within max_length) 1" in told
+    assert f"odd: 1 rows repeat an earlier row (2 times the same at most): {path}, line 4" in told
+    assert "1 rows have equal answers, between which nothing can be learnt." in told
+    assert "Answers stand in ⟦ ⟧ behind their prompt." in told
+
+
 def test_text_is_shown(show, tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 20)
     told = show(dataset=str(tmp_path / "a.txt"), max_length=16)
@@ -116,6 +130,22 @@ def test_real_data_is_shown(assets, tmp_path, name):
     assert result.exit_code == 0, result.output
     assert f"{path}, " in result.stdout
     assert "⟦" in result.stdout
+
+
+def test_real_pairs_are_shown(assets, tmp_path):
+    path = (assets / "instruct" / "llama-factory" / "dpo_en_demo.json").resolve()
+    recipe = {
+        "model_name_or_path": str(assets / "models" / "stories260K"),
+        "output_dir": str(tmp_path / "out"),
+        "dataset": str(path),
+        "task": "preference",
+        "max_length": 512,
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    result = CliRunner().invoke(app, ["data", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 0, result.output
+    assert f"{path}, " in result.stdout
+    assert result.stdout.count("chosen: ⟦") == result.stdout.count("rejected: ⟦") > 2
 
 
 def test_real_labels_are_shown(assets, tmp_path):

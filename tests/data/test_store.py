@@ -183,3 +183,22 @@ def test_a_prompt_that_ends_within_a_token_is_told(assets):
     )
     data = tokenize([talk], Renderer(tokenizer), max_length=99, train_on="completion")
     assert "the chat template's prompt ends within a token" in str(data.report)
+
+
+def test_the_store_stays_below_its_limit(monkeypatch, tmp_path, write_rows, tiny_tokenizer):
+    """A data set that nobody uses makes room for the next one."""
+    from halfbyte.data import eviction
+
+    monkeypatch.setattr(eviction, "_held", {})
+    monkeypatch.setenv("HALFBYTE_CACHE_GB", "0")
+    cache = tmp_path / "cache"
+    for letter in "ab":
+        path = write_rows([{"prompt": letter, "completion": letter}], f"{letter}.jsonl")
+        made = tokenize(
+            read_examples(path), Renderer(tiny_tokenizer), max_length=32, train_on="completion", cache=cache
+        )
+        assert len(made.dataset) == 1
+        assert [folder.name for folder in cache.iterdir()] == [made.key]  # the one in use is over the limit, and stays
+        for file in eviction._held.values():
+            file.close()
+        eviction._held.clear()  # as if the process had ended

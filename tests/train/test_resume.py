@@ -80,15 +80,16 @@ def kill(_):
     raise KeyboardInterrupt  # not an error that anything here handles: the process ends where it stands
 
 
+UNLIKE = ("train_runtime", "train_loss", "memory_bytes")  # between two runs that do the same
+
+
 def results(recipe):
     """What is compared: every weight, and the log without its times."""
     folder = sft.Path(recipe.output_dir)
     logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (weights,) = folder.glob("*model.safetensors")
     # The mean loss in the last entry is over the steps of this process only, as transformers has it.
-    logs = [
-        {k: v for k, v in log.items() if "second" not in k and k not in ("train_runtime", "train_loss")} for log in logs
-    ]
+    logs = [{k: v for k, v in log.items() if "second" not in k and k not in UNLIKE} for log in logs]
     return load_file(weights), logs
 
 
@@ -252,10 +253,31 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed_with_another(make, s
     for choice in (False, True):
         with pytest.raises(RequestError, match=r"another recipe \(learning_rate was 0.005 and is 0.001\)"):
             train(make(learning_rate=1e-3), resume=choice)
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    with pytest.raises(RequestError, match="the data is not what it was"):
-        train(stopped, resume=True)
     assert newest_good(tmp_path / "run.unfinished", print).step == 10
+
+
+def test_data_that_was_edited_to_the_same_counts_is_refused_by_name(stopped, tmp_path):
+    """Rows and tokens are as many as they were; one answer is another."""
+    path = tmp_path / "rows.jsonl"
+    was = path.read_text()
+    path.write_text(was.replace('"CCC"', '"CXC"'))
+    assert path.read_text() != was
+    with pytest.raises(
+        RequestError, match=r"rows\.jsonl is not what it was when the run in .*run\.unfinished was begun"
+    ):
+        train(stopped, resume=True)
+    path.write_text(was)
+    assert train(stopped, resume=True)[0]["steps"] == 20
+
+
+def test_what_may_not_change_between_two_processes():
+    same = {"files": {"a": "1", "b": "2"}, "data": {"rows": 3}}
+    resume.check_same_data(same, same, sft.Path("run"))
+    for files, named in (({"a": "1", "b": "3"}, "b"), ({"a": "1"}, "b"), ({"a": "1", "b": "2", "c": "4"}, "c")):
+        with pytest.raises(RequestError, match=rf"^{named} is not what it was when the run in run was begun"):
+            resume.check_same_data(same, {**same, "files": files}, sft.Path("run"))
+    with pytest.raises(RequestError, match=r"^the tokenizer"):
+        resume.check_same_data(same, {**same, "data": {"rows": 4}}, sft.Path("run"))
 
 
 def test_two_processes_do_not_share_a_run(stopped, tmp_path):

@@ -77,6 +77,22 @@ def test_a_run_repeats_from_its_own_recipe(run, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_run_reaches_for_no_network(run, monkeypatch):
+    """Also not when it saves, which is where others have lost runs (peft#1452)."""
+    import socket
+
+    def reach(*args, **_):
+        raise AssertionError(f"somebody reaches for {args}")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, reach)
+    monkeypatch.setattr(socket.socket, "connect", reach)
+    with pytest.raises(AssertionError, match="reaches for"):
+        socket.create_connection(("huggingface.co", 443))
+    folder, _ = run(modules_to_save=["norm"])
+    assert (folder / "adapter_model.safetensors").exists()
+
+
 def test_the_adapter_loads_in_stock_peft_with_its_tokenizer(run, tiny_llama):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

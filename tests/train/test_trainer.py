@@ -167,6 +167,40 @@ def test_adapters_are_float32_masters_under_bfloat16(make_trainer, says_4bit, mo
     assert 0 < max(moved.values()) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_what_is_frozen_is_never_cast_up_for_good(tiny_llama, tiny_tokenizer, rows, tmp_path, method):
+    """Embeddings, head and norms in float32 cost gigabytes (peft#816); the tied head stays the embeddings' memory."""
+    from halfbyte.train.sft import load_base
+    from halfbyte.train.trainer import Trainer
+
+    paths = {"model_name_or_path": str(tiny_llama), "output_dir": str(tmp_path), "dataset": "d"}
+    recipe = make_recipe({**paths, "method": method, "lora_r": 4, "max_steps": 2, "gradient_checkpointing": True})
+    model = add_adapter(load_base(recipe), recipe, "all-linear")
+    trainer = Trainer(model, recipe, rows=rows, eval_rows=rows, tokenizer=tiny_tokenizer, folder=tmp_path, callbacks=[])
+    trainer.train()
+    trainer.evaluate()
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad}
+    assert len(dtypes) > 15
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+
+
+def test_evaluation_never_makes_the_logits_of_a_batch(make_trainer, monkeypatch):
+    """transformers gathers them, and runs out of memory where training fits (transformers#8476)."""
+    trainer = make_trainer()
+    assert trainer.model_has_loss
+    head, forward = trainer.model.get_output_embeddings(), torch.nn.Linear.forward
+
+    def watched(self, x):  # on the class, since a head with a hook is no plain one and would be asked
+        assert self is not head, "the head was asked for logits"
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    assert trainer.evaluate()["eval_loss"] > 0
+    with pytest.raises(AssertionError, match="asked for logits"):
+        trainer.model.eval()(input_ids=torch.tensor([[1, 2, 3]]))
+
+
 def test_float16_skips_an_overflow_and_stops_when_every_step_has_one(make_trainer):
     """On the CPU too. The scaler starts at 2^16 and halves at each skipped step."""
     trainer = make_trainer(compute_dtype="float16", max_steps=40)

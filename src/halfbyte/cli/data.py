@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from halfbyte.train.sft import DataInputs
 
 LETTERS = 2_000  # of a row that are shown
-# Columns with answers, and what is said of them; a judged one says it itself.
-ANSWERS = {"chosen_ids": "chosen", "rejected_ids": "rejected", "completion_ids": ""}
 
 
 def data(
@@ -56,7 +56,7 @@ def _show_rows(console: Console, inputs: DataInputs, rows: Tokenized, count: int
     """The first rows, and the longest."""
     from rich.text import Text
 
-    from halfbyte.data import shown_row, shown_tags
+    from halfbyte.data import shown_answers, shown_row, shown_tags
 
     labels = inputs.task.labels
     chosen = list(range(min(count, len(rows.dataset))))
@@ -65,9 +65,11 @@ def _show_rows(console: Console, inputs: DataInputs, rows: Tokenized, count: int
     for index in dict.fromkeys(chosen):
         row = rows.dataset[index]
         longest = ", the longest" if index == chosen[-1] and rows.facts is not None else ""
-        console.print(f"[bold]{_origin(inputs, rows, index)}{longest}, {_length(row)} tokens[/]")
-        if "prompt_ids" in row:
-            text = _shown_answers(row, inputs, colour=console.is_terminal)
+        prompt = row.get("prompt_ids")
+        tokens = len(row["input_ids"]) if prompt is None else len(prompt) + _longest_answer(row)
+        console.print(f"[bold]{_origin(inputs, rows, index)}{longest}, {tokens} tokens[/]")
+        if prompt is not None:
+            text = shown_answers(row, inputs.tokenizer, colour=console.is_terminal)
         elif labels and isinstance(row["labels"], list):
             text = shown_tags(row["input_ids"], row["labels"], labels, inputs.tokenizer)
         elif labels:
@@ -78,30 +80,18 @@ def _show_rows(console: Console, inputs: DataInputs, rows: Tokenized, count: int
         if len(text) > LETTERS:
             text = text[:LETTERS].append(f" ... and {len(text) - LETTERS:,} letters more", "italic")
         console.print(text, end="\n\n")
-    if count and not labels:
+    if "prompt_ids" in rows.dataset.column_names and count:
+        console.print(
+            "Good answers are green, bad ones red."
+            if console.is_terminal
+            else "Answers stand in ⟦ ⟧ behind their prompt."
+        )
+    elif rows.report.trained is not None and count:
         console.print("Trained tokens are green." if console.is_terminal else "Trained tokens stand in ⟦ ⟧.")
 
 
-def _length(row: dict[str, Any]) -> int:
-    if "input_ids" in row:
-        return len(row["input_ids"])
-    return len(row["prompt_ids"]) + max(len(row[name]) for name in row if name in ANSWERS)
-
-
-def _shown_answers(row: dict[str, Any], inputs: DataInputs, *, colour: bool) -> Text:
-    """A prompt with each of its answers, and what is said of the answer."""
-    from rich.text import Text
-
-    from halfbyte.data import IGNORE, shown_row
-
-    prompt, shown = row["prompt_ids"], Text()
-    for name, verdict in ANSWERS.items():
-        if name in row:
-            ids, labels = prompt + row[name], [IGNORE] * len(prompt) + row[name]
-            said = verdict or ("good" if row["label"] else "bad")
-            shown.append("\n" if shown else "").append(f"{said}: ", "bold")
-            shown.append(shown_row(ids, labels, inputs.tokenizer, colour=colour))
-    return shown
+def _longest_answer(row: Mapping[str, Any]) -> int:
+    return max(len(ids) for name, ids in row.items() if name.endswith("_ids") and name != "prompt_ids")
 
 
 def _origin(inputs: DataInputs, rows: Tokenized, index: int) -> str:

@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from halfbyte.train.recipe import Recipe
     from halfbyte.train.sft import Evaluator
+    from halfbyte.train.watching import Sampler
 
 
 def train(
@@ -29,7 +30,7 @@ def train(
     from halfbyte.train.sft import train as run
 
     loaded = load_recipe(recipe, set_ or [])
-    summary = run(loaded, evaluator=_evaluator(loaded), resume=resume)
+    summary = run(loaded, evaluator=_evaluator(loaded), sampler=_sampler(loaded), resume=resume)
     _report(loaded, summary)
 
 
@@ -51,6 +52,17 @@ def _evaluator(recipe: Recipe) -> Evaluator | None:
         return {"exact_match": result.share, "prompts": result.count}
 
     return evaluate
+
+
+def _sampler(recipe: Recipe) -> Sampler:
+    """Greedy answers, one prompt at a time: in a batch, padding may move a number by a rounding and turn a tie."""
+
+    def answer(model: Any, tokenizer: Any, prompts: Any) -> list[str]:
+        from halfbyte.infer import generate
+
+        return generate(model, tokenizer, prompts, max_new_tokens=recipe.max_new_tokens, batch_size=1)
+
+    return answer
 
 
 def _report(recipe: Recipe, summary: dict[str, Any]) -> None:

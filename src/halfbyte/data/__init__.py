@@ -16,6 +16,7 @@ One direction, one module for each step:
     packing.py         several rows in one, each of which sees only itself
     preview.py         rows as the model sees them, and the odd ones
     store.py           rows of token ids on disk, found again by what they were made from
+    eviction.py        which of them go when they are too many
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from halfbyte.data.lengths import LengthReport, RowFacts, Tokenized
 from halfbyte.data.packing import check_isolation, pack
 from halfbyte.data.pairs import tokenize_judgments, tokenize_preferences
 from halfbyte.data.preferences import Judgment, Preference, read_judgments, read_preferences
-from halfbyte.data.preview import Oddity, odd_labels, odd_rows, shown_row
+from halfbyte.data.preview import Oddity, odd_labels, odd_rows, shown_answers, shown_row
 from halfbyte.data.problems import Problems
 from halfbyte.data.read import Row, read_rows
 from halfbyte.data.render import IGNORE, Renderer
@@ -67,6 +68,7 @@ __all__ = [
     "read_preferences",
     "read_rows",
     "read_tagged",
+    "shown_answers",
     "shown_row",
     "shown_tags",
     "tokenize",

@@ -85,6 +85,11 @@ class Examples(Collection[T]):
         return {part.table.name: (len(part), part.rows) for part in self._parts}
 
     @property
+    def digests(self) -> dict[str, str]:
+        """Of each file, a hash of its content."""
+        return {part.table.name: part.table.digest for part in self._parts}
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the content of the files and the choice of their rows: equal digests mean equal examples."""
         content = hashlib.sha256()

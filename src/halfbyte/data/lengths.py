@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ class RowFacts:
         origin: place of the row's example among the examples, int64; -1 for a block of text or a pack, which may hold
             several.
         length: tokens before the row was cut, int32.
-        trained: tokens that the loss is computed on, int32.
+        trained: tokens that the loss is computed on, int32; of a pair of answers, those of the shorter one.
         fingerprint: equal for equal tokens, uint64.
     """
 
@@ -75,7 +76,8 @@ class Tokenized:
     """A data set ready for training, and its report.
 
     Its columns are `input_ids` and `labels`: one for each token, IGNORE where it is not trained, or one for the row,
-    the index of its class. A tokenizer of pairs adds `token_type_ids`; packed rows add `position_ids`.
+    the index of its class. A tokenizer of pairs adds `token_type_ids`; packed rows add `position_ids`. Those of pairs
+    and of judged answers are in `halfbyte.data.pairs`.
 
     Attributes:
         dataset: the rows.
@@ -88,6 +90,11 @@ class Tokenized:
     report: LengthReport
     facts: RowFacts | None = None
     key: str = ""
+
+
+def fingerprint(ids: np.ndarray) -> int:
+    """A number below 2^64 that is equal for equal tokens."""
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
 
 def length_report(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.data.conversations import Example
-from halfbyte.data.lengths import Tokenized, length_report
+from halfbyte.data.lengths import RowFacts, Tokenized, fingerprint, length_report
 from halfbyte.data.preferences import Judgment, Preference
 from halfbyte.data.problems import Problems
 from halfbyte.data.render import Renderer
@@ -37,13 +37,13 @@ def tokenize_preferences(examples: Iterable[Preference], renderer: Renderer, *, 
     rows = _Rows(max_length)
     problems = Problems()
     same = 0
-    for example in examples:
+    for number, example in enumerate(examples):
         with problems.collect():
             chosen, rejected = (_halves(example, answer, renderer) for answer in (example.chosen, example.rejected))
             shared = _shared(chosen[0], rejected[0])
             answers = [np.concatenate([prompt[shared:], answer]) for prompt, answer in (chosen, rejected)]
             same += np.array_equal(answers[0], answers[1])
-            rows.add(chosen[0][:shared], dict(zip(("chosen_ids", "rejected_ids"), answers, strict=True)))
+            rows.add(number, chosen[0][:shared], dict(zip(("chosen_ids", "rejected_ids"), answers, strict=True)))
     problems.check()
     notes = (f"{same:,} rows have equal answers, between which nothing can be learnt",) if same else ()
     return rows.tokenized(notes)
@@ -53,10 +53,10 @@ def tokenize_judgments(examples: Iterable[Judgment], renderer: Renderer, *, max_
     """Turn judged answers into rows of `prompt_ids`, `completion_ids` and `label`; see `tokenize_preferences`."""
     rows = _Rows(max_length)
     problems = Problems()
-    for example in examples:
+    for number, example in enumerate(examples):
         with problems.collect():
             prompt, answer = _halves(example, example.completion, renderer)
-            rows.add(prompt, {"completion_ids": answer}, label=example.label)
+            rows.add(number, prompt, {"completion_ids": answer}, label=example.label)
     problems.check()
     return rows.tokenized(())
 
@@ -85,13 +85,20 @@ class _Rows:
         self._columns: dict[str, list[Any]] = {}
         self._lengths: list[int] = []
         self._dropped: list[int] = []
+        self._origin: list[int] = []
+        self._trained: list[int] = []
+        self._fingerprints: list[int] = []
 
-    def add(self, prompt: np.ndarray, answers: dict[str, np.ndarray], **others: Any) -> None:
+    def add(self, origin: int, prompt: np.ndarray, answers: dict[str, np.ndarray], **others: Any) -> None:
         length, room = len(prompt) + max(map(len, answers.values())), self._max_length - len(prompt)
         if room < 1:
             self._dropped.append(length)
             return
         self._lengths.append(length)
+        self._origin.append(origin)
+        self._trained.append(min(len(ids[:room]) for ids in answers.values()))
+        ends = [np.array([len(ids)], dtype=np.int32) for ids in answers.values()]  # equal tokens, divided otherwise
+        self._fingerprints.append(fingerprint(np.concatenate([prompt, *answers.values(), *ends])))
         row = {"prompt_ids": prompt, **{name: ids[:room] for name, ids in answers.items()}, **others}
         for name, value in row.items():
             self._columns.setdefault(name, []).append(value)
@@ -108,4 +115,10 @@ class _Rows:
         report = length_report(
             lengths, np.minimum(lengths, self._max_length), dropped=np.array(self._dropped, dtype=np.int64), notes=notes
         )
-        return Tokenized(Dataset.from_dict(self._columns), report)
+        facts = RowFacts(
+            origin=np.array(self._origin, dtype=np.int64),
+            length=lengths.astype(np.int32),
+            trained=np.array(self._trained, dtype=np.int32),
+            fingerprint=np.array(self._fingerprints, dtype=np.uint64),
+        )
+        return Tokenized(Dataset.from_dict(self._columns), report, facts)

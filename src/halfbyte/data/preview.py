@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NEAR = 0.95  # of max_length: a little more, and the end of such a row is cut off
 SHORT = 2  # trained tokens, the end token among them
-TRAINED_STYLE, GIVEN_STYLE = "bold green", "dim"
+TRAINED_STYLE, REJECTED_STYLE, GIVEN_STYLE = "bold green", "bold red", "dim"
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where there are no colours
 
 
@@ -63,19 +63,41 @@ def shown_row(
     return text
 
 
+def shown_answers(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, colour: bool = True) -> Text:
+    """A row of `tokenize_preferences` or `tokenize_judgments`: the prompt, and each answer under its name.
+
+    An answer is shown as the model sees it behind the prompt; a good one green and a bad one red, or in brackets.
+    """
+    from rich.text import Text
+
+    prompt = list(row["prompt_ids"])
+    given = str(tokenizer.decode(prompt, skip_special_tokens=False))
+    text = Text(given, GIVEN_STYLE)
+    if "chosen_ids" in row:
+        answers = [("chosen", row["chosen_ids"], True), ("rejected", row["rejected_ids"], False)]
+    else:
+        good = bool(row["label"])
+        answers = [("good" if good else "bad", row["completion_ids"], good)]
+    for name, ids, good in answers:
+        answer = str(tokenizer.decode([*prompt, *ids], skip_special_tokens=False)).removeprefix(given)
+        text.append(f"\n{name}: ", "italic")
+        text.append(answer if colour else f"{OPEN}{answer}{CLOSE}", TRAINED_STYLE if good else REJECTED_STYLE)
+    return text
+
+
 def odd_rows(
     tokenized: Tokenized,
-    examples: Examples[Example],
+    examples: Examples[Any],
     max_length: int,
     *,
     held_out: Tokenized | None = None,
     first: int = 3,
 ) -> list[Oddity]:
-    """What is odd about conversations.
+    """What is odd about conversations, pairs of answers or judged answers.
 
     Args:
         tokenized: their rows, not packed.
-        examples: the conversations.
+        examples: what they were made of.
         max_length: where rows are cut.
         held_out: rows that are measured on; those that are trained on as well measure memory.
         first: how many of each are named.
@@ -102,13 +124,13 @@ def odd_rows(
         for what, chosen in kinds
         if chosen.any()
     ]
-    silent = [example.where for example in examples if _has_empty_answer(example)]
+    silent = [example.where for example in examples if isinstance(example, Example) and _has_empty_answer(example)]
     if silent:
         found.append(Oddity("have an empty answer among others", len(silent), tuple(silent[:first])))
     return found
 
 
-def _where(examples: Examples[Example], origin: np.ndarray, first: int) -> tuple[str, ...]:
+def _where(examples: Examples[Any], origin: np.ndarray, first: int) -> tuple[str, ...]:
     positions = np.unique(origin[origin >= 0])[:first]
     return tuple(example.where for example in examples.take(positions))
 

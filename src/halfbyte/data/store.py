@@ -3,7 +3,8 @@
 A data set is a folder of three files: `rows.arrow` (the rows, which `datasets` maps), `facts.npz` (what is known of
 each row, see `RowFacts`) and `report.json`. Its name is a hash of everything that its content depends on, so a
 changed data file, template, tokenizer or setting makes another one, and nothing has to be invalidated. It appears
-complete or not at all: it is written aside and renamed.
+complete or not at all: it is written aside and renamed. What was used longest ago goes when there is too much
+(`halfbyte.data.eviction`).
 
 Token ids are int32. What is held in memory while a million rows are written is one batch of them and the facts, 24
 bytes a row.
@@ -23,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte import env
+from halfbyte.data.eviction import BUILDING, evict, hold
 from halfbyte.data.lengths import LengthReport, RowFacts, Tokenized
 from halfbyte.errors import OutputError
 
@@ -54,23 +57,29 @@ def stored(cache: Path | None, key: str, build: Build) -> Tokenized:
             build(Path(folder))
             return _open(Path(folder), key, in_memory=True)
     place = cache / key
-    if not place.is_dir():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
-        except OSError as error:
-            raise OutputError(
-                f"the token cache {cache} cannot be written ({error.strerror}); name another by HALFBYTE_CACHE."
-            ) from error
-        try:
-            build(aside)
-            aside.rename(place)
-        except OSError as error:
-            if not place.is_dir():  # else another process was faster, and its files are the same
-                raise OutputError(f"the token cache {cache} cannot be written: {error.strerror}.") from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    while not hold(place / REPORT):
+        _make(cache, place, build)
+    evict(cache, REPORT, env.cache_limit())
     return _open(place, key, in_memory=False)
+
+
+def _make(cache: Path, place: Path, build: Build) -> None:
+    """Build aside, and rename."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=BUILDING, dir=cache))
+    except OSError as error:
+        raise OutputError(
+            f"the token cache {cache} cannot be written ({error.strerror}); name another by HALFBYTE_CACHE."
+        ) from error
+    try:
+        build(aside)
+        aside.rename(place)
+    except OSError as error:
+        if not (place / REPORT).is_file():  # else another process was faster, and its files are the same
+            raise OutputError(f"the token cache {cache} cannot be written: {error.strerror}.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _open(folder: Path, key: str, *, in_memory: bool) -> Tokenized:

@@ -32,7 +32,7 @@ import numpy as np
 from halfbyte import env
 from halfbyte.data.conversations import Example
 from halfbyte.data.examples import Examples
-from halfbyte.data.lengths import RowFacts, Tokenized, length_report
+from halfbyte.data.lengths import RowFacts, Tokenized, fingerprint, length_report
 from halfbyte.data.problems import Problems
 from halfbyte.data.render import IGNORE, Layout, Renderer
 from halfbyte.data.store import RowWriter, key_of, stored, write_facts
@@ -271,13 +271,9 @@ def _cut(ids: list[np.ndarray], trained: list[np.ndarray], origin: np.ndarray, m
         length=np.array([len(ids[index]) for index in used], dtype=np.int32),
         trained=np.array([counts[index] for index in used], dtype=np.int32),
         origin=origin[used] if used else np.zeros(0, dtype=np.int64),
-        fingerprint=np.array([_fingerprint(ids[index]) for index in used], dtype=np.uint64),
+        fingerprint=np.array([fingerprint(ids[index]) for index in used], dtype=np.uint64),
         dropped=np.array([len(row) for row, count in zip(ids, counts, strict=True) if not count], dtype=np.int32),
     )
-
-
-def _fingerprint(ids: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:

@@ -21,6 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +33,6 @@ from halfbyte.train.resume import Resumable
 from halfbyte.train.state import generators, set_generators
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from halfbyte.train.recipe import Recipe
 
 
@@ -200,6 +199,7 @@ def options(recipe: Recipe, folder: Path, rows: int) -> dict[str, Any]:
         "save_strategy": "no",  # until `Resumable.keep` has said of what
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": [],
+        "run_name": Path(recipe.output_dir).name,
+        "report_to": [],  # `halfbyte.train.watching` brings the tracker
         "disable_tqdm": True,
     }

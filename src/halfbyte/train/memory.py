@@ -31,6 +31,13 @@ class PeakMemory:
         return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
+def memory_now() -> int:
+    """Bytes that tensors take on the GPU at this moment, or the whole process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(psutil.Process().memory_info().rss)
+
+
 def _high_water_mark() -> int:
     """The largest resident set that this process has had, in bytes."""
     if sys.platform == "win32":

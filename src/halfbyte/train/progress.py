@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from halfbyte.train.memory import memory_now
 
 
 class Metrics(TrainerCallback):
@@ -31,7 +34,8 @@ class Metrics(TrainerCallback):
         path.write_text("", encoding="utf-8")
         self._bar: Progress | None = None
         self._start = 0.0
-        self._before = 0.0  # seconds of training in earlier processes
+        self._before = 0.0  # seconds of training in earlier processes,
+        self._first = 0  # and their steps
         self.seconds = 0.0
         self.tokens = 0
         self.losses: list[float] = []
@@ -50,6 +54,7 @@ class Metrics(TrainerCallback):
     ) -> None:
         """Start the clock, and the bar on a terminal."""
         self._start = time.perf_counter() - self._before
+        self._first = state.global_step
         if self._console.is_terminal:
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self._console)
@@ -71,12 +76,22 @@ class Metrics(TrainerCallback):
         if "loss" in logs:
             self.losses.append(float(logs["loss"]))
             elapsed = time.perf_counter() - self._start
-            entry |= {"seconds": round(elapsed, 3), "tokens_per_second": round(self.tokens / elapsed, 1)}
-            shown = f"loss {logs['loss']:.4f}  {entry['tokens_per_second']:,.0f} tokens/s"
+            entry |= {
+                "seconds": round(elapsed, 3),
+                "tokens_per_second": round(self.tokens / elapsed, 1),
+                "memory_bytes": memory_now(),
+            }
+            shown = (
+                f"loss {logs['loss']:.4f}  {entry['tokens_per_second']:,.0f} tokens/s  "
+                f"{entry['memory_bytes'] / 1e9:.2f} GB"
+            )
             if self._bar is not None:
                 self._bar.update(self._bar.task_ids[0], description=shown)
             else:
-                self._console.print(f"step {state.global_step}/{state.max_steps}  {shown}")
+                done = state.global_step - self._first
+                seconds = (elapsed - self._before) / max(done, 1) * (state.max_steps - state.global_step)
+                left = timedelta(seconds=round(seconds))
+                self._console.print(f"step {state.global_step}/{state.max_steps}  {shown}  {left} left")
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

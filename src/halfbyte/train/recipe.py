@@ -81,7 +81,7 @@ class Recipe(BaseModel):
     eval_metric: Literal["loss", "exact_match", "accuracy", "f1"] = Field(
         "loss", description="what to measure on eval_dataset; loss, accuracy and F1 come together where there are such"
     )
-    max_new_tokens: int = Field(128, ge=1, description="longest answer when eval_metric is exact_match")
+    max_new_tokens: int = Field(128, ge=1, description="longest answer, of exact_match and of samples")
     max_length: int | None = Field(
         None, ge=2, description="tokens of the longest row; null: 1024, or what the model was made for if that is less"
     )
@@ -152,6 +152,10 @@ class Recipe(BaseModel):
     )
 
     logging_steps: int = Field(10, ge=1)
+    report_to: Literal["none", "tensorboard", "wandb"] = Field(
+        "none", description="a tracker that gets every log besides metrics.jsonl; its package has to be installed"
+    )
+    samples: int = Field(3, ge=0, description="prompts to answer before and after, greedily, into samples.jsonl")
     eval_steps: int | None = Field(None, ge=1, description="measure the loss on eval_dataset every so many steps")
 
     load_best_model_at_end: bool = Field(

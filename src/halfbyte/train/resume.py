@@ -42,8 +42,8 @@ class Resumable(AdapterTraining):
     """Checkpoints instead of transformers' own.
 
     Attributes:
-        facts: goes into every checkpoint and comes back with it: `data`, which must be the same, and whatever else the
-            run wants to know when it goes on.
+        facts: goes into every checkpoint and comes back with it: `files` and `data`, which must be the same, and
+            whatever else the run wants to know when it goes on.
     """
 
     facts: dict[str, Any]
@@ -122,8 +122,7 @@ class Resumable(AdapterTraining):
         plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "state.safetensors")
         self._found = found = decode(plain, tensors)
-        if found["facts"]["data"] != self.facts["data"]:
-            raise RequestError(f"the data is not what it was when {folder.parent} was begun; remove it to begin again.")
+        check_same_data(found["facts"], self.facts, folder.parent)
         self.facts = found["facts"]
         shutil.copyfile(folder / "metrics.jsonl", self._metrics_log.path)
         self._metrics_log.set_state(found["metrics"])
@@ -209,6 +208,26 @@ def trained_tensors(model: Any) -> Tensors:
         if parameter.data_ptr() not in places:
             raise NotImplementedError(f"{name} is trained, and peft does not save it")
     return saved
+
+
+def check_same_data(then: dict[str, Any], now: dict[str, Any], run: Path) -> None:
+    """Refuse to go on with other data than a run was begun with.
+
+    Args:
+        then: the facts of a checkpoint: `files`, hashes of the data files' contents by name, and `data`, the report on
+            the rows that were made of them.
+        now: those of this process.
+        run: the folder that the checkpoint lies in.
+
+    Raises:
+        RequestError: a file has other content, is new or is missing; or equal files have become other rows.
+    """
+    way_on = f"when the run in {run} was begun; put it back, or remove that folder to begin again."
+    for name in {**then["files"], **now["files"]}:
+        if then["files"].get(name) != now["files"].get(name):
+            raise RequestError(f"{name} is not what it was {way_on}")
+    if then["data"] != now["data"]:
+        raise RequestError(f"the tokenizer, or how it is used, is not what it was {way_on}")
 
 
 def _trainer_state(folder: Path) -> TrainerState:

@@ -6,6 +6,9 @@ everything in it is complete. Until then its log and its checkpoints lie beside 
 
     recipe.yaml            resolved, every key written out: `halfbyte train` of it repeats the run
     metrics.jsonl          one JSON object for each log
+    loss.png               the same as a curve, where matplotlib is installed
+    samples.jsonl          what the model said to a few prompts before and after
+    tensorboard/           for `report_to: tensorboard`
     adapter_config.json    the adapter in peft's own format, with the base it belongs to;
     adapter_model.safetensors                                   or the whole model, for `method: full`
     config.json            of a classifier: the names of its classes, and the pad token it was trained with
@@ -30,16 +33,19 @@ import torch
 from rich.console import Console
 
 from halfbyte import env
+from halfbyte.device import this_machine
 from halfbyte.errors import RequestError
 from halfbyte.tensor import QuantizedTensor
 from halfbyte.train.memory import PeakMemory
 from halfbyte.train.new_tokens import Pieces, add_rows, show_bias, tokenizer_of, trained_rows
 from halfbyte.train.optimizers import check_optimizer
+from halfbyte.train.pitfalls import Setting, find_pitfalls
 from halfbyte.train.progress import Metrics
 from halfbyte.train.recipe import Recipe, is_hub_name
-from halfbyte.train.targets import check_targets, outline, trainable_report
+from halfbyte.train.targets import Outline, check_targets, outline, trainable_report
 from halfbyte.train.tasks import TASKS, Task
 from halfbyte.train.unfinished import Unfinished, finished_summary, unfinished_run
+from halfbyte.train.watching import PLOT, SAMPLES, Sampler, Samples, Tracker, check_tracker, plot_losses
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,17 +73,49 @@ class Inputs(DataInputs):
     """What was asked for, read and checked."""
 
     targets: str | list[str]
-    head: tuple[str, ...]
+    config: PretrainedConfig
+    outline: Outline
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is done with a model before and after; see `train`."""
+
+    evaluator: Evaluator | None
+    sampler: Sampler | None
+
+    def of(self, trainer: Any, inputs: Inputs) -> dict[str, float] | None:
+        """The metrics of a trainer's model; None where there is nothing to measure on."""
+        examples = inputs.task.eval_examples
+        if not examples:
+            return None
+        if self.evaluator is None:
+            return dict(trainer.evaluate())
+        with trainer.accelerator.autocast():  # as in training: masters are float32, the base is in the compute dtype
+            return self.evaluator(trainer.model, inputs.tokenizer, examples)
+
+    def answers(self, trainer: Any, inputs: Inputs, asked: Samples) -> list[str]:
+        """What it says to the prompts."""
+        if self.sampler is None or not asked.prompts:
+            return []
+        with trainer.accelerator.autocast():
+            return self.sampler(trainer.model, inputs.tokenizer, asked.prompts)
 
 
 def train(
-    recipe: Recipe, *, evaluator: Evaluator | None = None, console: Console | None = None, resume: bool = False
+    recipe: Recipe,
+    *,
+    evaluator: Evaluator | None = None,
+    sampler: Sampler | None = None,
+    console: Console | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Train as the recipe says.
 
     Args:
         recipe: what to do.
         evaluator: measures the model on `eval_dataset` before and after; None measures the loss.
+        sampler: answers a few prompts before and after; None: nobody does.
         console: where progress is shown; None is stderr.
         resume: go on from the newest checkpoint of an unfinished run of this recipe, if there is one.
 
@@ -91,6 +129,10 @@ def train(
     """
     from halfbyte.models import check_output_folder
 
+    if (processes := env.world_size()) > 1:
+        raise RequestError(
+            f"halfbyte trains in one process, and a launcher has started {processes}; start it without torchrun."
+        )
     console = console or Console(stderr=True)
     if recipe.is_local:
         env.go_offline()
@@ -101,7 +143,7 @@ def train(
     check_output_folder(recipe.output_dir)
     inputs = check_request(recipe)
     with unfinished_run(recipe, resume=resume, tell=console.print) as run:
-        return _train_in(run, recipe, inputs, evaluator, console)
+        return _train_in(run, recipe, inputs, Measures(evaluator, sampler), console)
 
 
 def check_request(recipe: Recipe) -> Inputs:
@@ -113,6 +155,7 @@ def check_request(recipe: Recipe) -> Inputs:
     from halfbyte.models import check_model_folder, load_config
 
     check_optimizer(recipe)
+    check_tracker(recipe)
     task = TASKS[recipe.task](recipe)
     if not is_hub_name(recipe.model_name_or_path):
         check_model_folder(recipe.model_name_or_path)
@@ -126,7 +169,7 @@ def check_request(recipe: Recipe) -> Inputs:
         )
     model = outline(config, task.model_task)
     targets: str | list[str] = [] if recipe.method == "full" else check_targets(recipe, model.shapes)
-    return Inputs(task, tokenizer, max_length, pieces, targets, model.head)
+    return Inputs(task, tokenizer, max_length, pieces, targets, config, model)
 
 
 def check_data(recipe: Recipe) -> DataInputs:
@@ -157,9 +200,7 @@ def _max_length(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedT
     return recipe.max_length
 
 
-def _train_in(
-    run: Unfinished, recipe: Recipe, inputs: Inputs, evaluator: Evaluator | None, console: Console
-) -> dict[str, Any]:
+def _train_in(run: Unfinished, recipe: Recipe, inputs: Inputs, measures: Measures, console: Console) -> dict[str, Any]:
     from transformers import set_seed
 
     memory = PeakMemory()
@@ -168,9 +209,11 @@ def _train_in(
     rows = task.tokenize(task.examples, tokenizer, inputs.max_length)
     eval_rows = task.tokenize(task.eval_examples, tokenizer, inputs.max_length) if task.eval_examples else None
     console.print(f"data: {rows.report}")
-    base = load_base(recipe, head=inputs.head, num_labels=len(task.labels) or None)
+    warnings = _warn(recipe, inputs, rows.report.longest, console)
+    head = inputs.outline.head
+    base = load_base(recipe, head=head, num_labels=len(task.labels) or None)
     model = _adapted(base, recipe, inputs, console)
-    metrics = Metrics(run.folder / "metrics.jsonl", console)
+    metrics, tracker = Metrics(run.folder / "metrics.jsonl", console), Tracker(recipe, run.folder)
     trainer = task.trainer()(
         model,
         recipe,
@@ -178,28 +221,24 @@ def _train_in(
         eval_rows=eval_rows.dataset if eval_rows else None,
         tokenizer=tokenizer,
         folder=run.folder,
-        callbacks=[metrics],
+        callbacks=[metrics, *tracker.callbacks],
     )
-
-    def measure() -> dict[str, float] | None:
-        if not task.eval_examples:
-            return None
-        if evaluator is None:
-            return trainer.evaluate()
-        with trainer.accelerator.autocast():  # as in training: masters are float32, the base is in the compute dtype
-            return evaluator(model, tokenizer, task.eval_examples)
-
+    asked = Samples(task.eval_examples or task.examples, recipe.samples, tokenizer, inputs.max_length)
     data = rows.report.as_dict()
-    trainer.keep(metrics, {"data": data, "before": None if run.checkpoint else measure()})
+    facts: dict[str, Any] = {"files": task.data_digests, "data": data}
+    if run.checkpoint is None:
+        facts |= {"before": measures.of(trainer, inputs), "answers": measures.answers(trainer, inputs, asked)}
+    trainer.keep(metrics, facts)
     trainer.train_from(run.checkpoint)
-    after = measure()
+    after, answered = measures.of(trainer, inputs), measures.answers(trainer, inputs, asked)
     summary = {
         "recipe": recipe.digest,
         **task.facts(tokenizer),
         "data": data,
         **_cost_of(base),
         **trainable_report(model),
-        "trained_whole": [*recipe.modules_to_save, *inputs.head],
+        "trained_whole": [*recipe.modules_to_save, *head],
+        "warnings": warnings,
         "steps": trainer.state.global_step,
         "seconds": round(metrics.seconds, 3),
         "tokens_per_second": round(metrics.tokens / max(metrics.seconds, 1e-9), 1),
@@ -213,7 +252,22 @@ def _train_in(
     with run.finish(Path(recipe.output_dir).absolute()) as folder:
         _write(folder, recipe, model, tokenizer, summary)
         shutil.copyfile(metrics.path, folder / metrics.path.name)
+        asked.write(folder / SAMPLES, trainer.facts["answers"], answered)
+        plot_losses(metrics.path, folder / PLOT)
+        tracker.finish(folder)
     return summary
+
+
+def _warn(recipe: Recipe, inputs: Inputs, longest: int, console: Console) -> list[str]:
+    """Print the pitfalls of a run."""
+    length = inputs.max_length if recipe.packing else min(longest, inputs.max_length)
+    if recipe.task == "preference":  # both answers go through the model at once
+        length *= 2
+    setting = Setting(recipe, inputs.config, inputs.outline, inputs.targets, length, this_machine())
+    found = find_pitfalls(setting)
+    for warning in found:
+        console.print(f"warning: {warning}")
+    return found
 
 
 def load_base(recipe: Recipe, *, head: Sequence[str] = (), num_labels: int | None = None) -> PreTrainedModel:
@@ -309,7 +363,7 @@ def _adapted(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, console: Con
         add_rows(base, inputs.pieces)
     report: Any = base.halfbyte_report
     console.print(f"base: {report}")
-    model = add_adapter(base, recipe, inputs.targets, inputs.head, list(inputs.pieces))
+    model = add_adapter(base, recipe, inputs.targets, inputs.outline.head, list(inputs.pieces))
     if recipe.init_lora_weights == "loftq":
         from halfbyte.models import init_loftq
 

@@ -33,10 +33,12 @@ class Outline:
         shapes: names of its linear modules, with output and input features; without those of the head and the output
             embeddings, which are no targets (peft's "all-linear" leaves them out too).
         head: names of the modules between a classifier's encoder and its answer; empty for a language model.
+        parameters: of the whole model, shared ones counted once.
     """
 
     shapes: Shapes
     head: tuple[str, ...]
+    parameters: int = 0
 
 
 def outline(config: PretrainedConfig, task: str = "causal-lm") -> Outline:
@@ -65,7 +67,7 @@ def outline(config: PretrainedConfig, task: str = "causal-lm") -> Outline:
             shapes[name] = (module.weight.shape[1], module.weight.shape[0])
         elif isinstance(module, torch.nn.Linear):
             shapes[name] = (module.out_features, module.in_features)
-    return Outline(shapes, head)
+    return Outline(shapes, head, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _head(model: Any) -> tuple[str, ...]:
@@ -93,7 +95,7 @@ def check_targets(recipe: Recipe, shapes: Shapes) -> str | list[str]:
     if recipe.target_modules == "all-linear":
         chosen, targets = list(shapes), "all-linear"
     elif recipe.target_modules == "attention":
-        chosen = [name for name in shapes if _ATTENTION.search(name)]
+        chosen = [name for name in shapes if in_attention(name)]
         targets = _suffixes(chosen, shapes)
         if not chosen:
             raise RequestError(f"target_modules 'attention' matches nothing; {nearest('attention', _leaves(shapes))}.")
@@ -108,6 +110,18 @@ def check_targets(recipe: Recipe, shapes: Shapes) -> str | list[str]:
             chosen += matches
     _check_ranks(recipe, {name: shapes[name] for name in chosen})
     return targets
+
+
+def adapted_modules(shapes: Shapes, targets: str | list[str]) -> Shapes:
+    """The modules that get an adapter; `targets` as `check_targets` gives them."""
+    if isinstance(targets, str):
+        return shapes
+    return {name: shape for name, shape in shapes.items() if any(matches_name(name, target) for target in targets)}
+
+
+def in_attention(name: str) -> bool:
+    """Whether a module is one of attention's projections."""
+    return _ATTENTION.search(name) is not None
 
 
 def matches_name(name: str, target: str) -> bool:

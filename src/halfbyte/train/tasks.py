@@ -75,6 +75,12 @@ class Task(ABC):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
+    @property
+    def data_digests(self) -> dict[str, str]:
+        """Hashes of the contents of all data files, by name."""
+        measured_on = self.eval_examples.digests if isinstance(self.eval_examples, Examples) else {}
+        return {**self.examples.digests, **measured_on}
+
     @abstractmethod
     def tokenize(self, examples: Collection[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenized:
         """Rows of token ids and labels."""

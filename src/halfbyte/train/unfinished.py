@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from halfbyte.errors import OutputError, RequestError, WorkError
 from halfbyte.train.checkpoints import Checkpoint, list_checkpoints, newest_good, remove, sync_folder
 from halfbyte.train.recipe import Recipe, load_recipe
+from halfbyte.train.watching import TENSORBOARD
 
 RESULT = "result"  # the finished run, before it gets its name
 
@@ -124,6 +125,7 @@ def _begin(folder: Path, recipe: Recipe, resume: bool, tell: Callable[[str], Non
             tell("there is no checkpoint to go on from; beginning at step 0")
         for leftover in folder.glob("*.*"):  # of a run that was killed before its first one
             leftover.unlink()
+        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
         return None
     _check_same(checkpoint, recipe)
     if not resume:

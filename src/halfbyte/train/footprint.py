@@ -1,0 +1,166 @@
+"""How much memory a run will take, from the model's config and the recipe, before a weight is read.
+
+Four parts: the weights, the gradients, the optimizer's state, and the activations that the backward pass needs. The
+first three are counted. Activations follow from what autograd keeps of a layer; for one token, with h the hidden size,
+a the width of all heads, m the width of the MLP and e the bytes of the compute dtype:
+
+| kept                                              | bytes                                                          |
+|---|---|
+| inputs of the two norms                           | 2 h e; their float32 copies as well where they are not fused   |
+| dropout of the model's own, its masks             | 2 h e                                                          |
+| inputs of adapted modules, one for what shares it | attention h e, MLP h e, its way down m e                       |
+| with lora_dropout: a copy for each module         | its input features (e + 1) instead                             |
+| x A of each adapted module                        | lora_r e                                                       |
+| attention: queries, keys, values, result          | 4 a e, and for a row of T tokens the mask, T e                 |
+| attention with dropout, on the CPU                | 3 a 4 + 3 heads T 4: torch writes the T x T weights out        |
+| between the projections of a gated MLP            | 2 m e fused, 3 m e not                                         |
+| between those of a plain MLP                      | m e; 4 m e where GELU is written as tanh of a polynomial       |
+
+A frozen projection without an adapter keeps nothing. Full fine-tuning keeps the input of every projection, in 16 bits
+beside float32 norms. With gradient checkpointing each layer keeps its input, and one layer at a time the rest. Behind
+the layers comes one chunk of logits. tests/train/test_footprint.py compares this with what autograd keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.formats import QuantSpec
+from halfbyte.nn.cross_entropy import chunk_rows
+from halfbyte.train.targets import in_attention
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from halfbyte.train.recipe import Recipe
+    from halfbyte.train.targets import Outline, Shapes
+
+COMPUTE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "adamw_4bit": 1.03}  # of a parameter, see `halfbyte.optim.states`
+_POLYNOMIAL_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a run.
+
+    Attributes:
+        weights: the base and what is trained, masters included.
+        gradients: of what is trained.
+        state: of the optimizer, as far as it lies in memory.
+        activations: of the largest micro-batch.
+        trained: parameters that are trained, not bytes.
+        quantized: parameters of the base that are quantized, not bytes.
+    """
+
+    weights: float
+    gradients: float
+    state: float
+    activations: float
+    trained: int
+    quantized: int
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.state + self.activations
+
+
+def estimate(
+    recipe: Recipe, config: PretrainedConfig, outline: Outline, adapted: Shapes, length: int, *, gpu: bool
+) -> Footprint:
+    """What a run takes at its peak.
+
+    Args:
+        recipe: how it trains.
+        config: of the model.
+        outline: of the model.
+        adapted: the linear modules that get an adapter; empty for `method: full`.
+        length: tokens of the longest row, padding and both answers of a pair included.
+        gpu: whether it runs on one; halfbyte's fused norms and gates are for the CPU.
+    """
+    linear = sum(rows * columns for rows, columns in outline.shapes.values())
+    full, compute = recipe.method == "full", COMPUTE_BYTES[recipe.compute_dtype]
+    quantized = linear if recipe.method == "qlora" else 0
+    bits = QuantSpec(recipe.format, recipe.block_size, recipe.scale_bits).nominal_bits()
+    base = quantized * bits / 8 + (outline.parameters - quantized) * (4 if full else compute)
+    adapter = sum(recipe.lora_r * (rows + columns) + rows * recipe.use_dora for rows, columns in adapted.values())
+    trained = outline.parameters if full else adapter
+    casts = (linear if full else adapter) * compute if compute < 4 else 0  # autocast's copies, kept until the step
+    return Footprint(
+        weights=base + 4 * adapter + casts,
+        gradients=4 * trained,
+        state=0 if recipe.paged != "none" else trained * STATE_BYTES.get(recipe.optim, 8.0),
+        activations=activation_bytes(recipe, config, adapted, length, gpu=gpu),
+        trained=trained,
+        quantized=quantized,
+    )
+
+
+def activation_bytes(recipe: Recipe, config: PretrainedConfig, adapted: Shapes, length: int, *, gpu: bool) -> float:
+    """What the backward pass of the largest micro-batch needs; arguments as `estimate` takes them."""
+    sizes: Any = config.get_text_config()
+    layers, hidden, compute = sizes.num_hidden_layers, sizes.hidden_size, COMPUTE_BYTES[recipe.compute_dtype]
+    residual = 4 if recipe.method == "full" else compute
+    tokens = recipe.per_device_train_batch_size * length
+    layer = tokens * _layer_bytes(recipe, sizes, adapted, length, gpu=gpu)
+    kept = layers * layer
+    if recipe.gradient_checkpointing:
+        kept = layers * tokens * hidden * residual + layer
+    words = 0 if recipe.task == "sequence-classification" else sizes.vocab_size
+    chunk = min(tokens, chunk_rows(words, compute)) * words * compute if words else 0
+    return float(kept + tokens * hidden * (residual + compute) + chunk)
+
+
+def _layer_bytes(recipe: Recipe, sizes: Any, adapted: Shapes, length: int, *, gpu: bool) -> float:
+    """Of one token in one layer."""
+    hidden, compute = sizes.hidden_size, COMPUTE_BYTES[recipe.compute_dtype]
+    between, gated = _mlp(sizes, fused=not gpu)
+    width = _mlp_width(sizes)
+    own_dropout = any(getattr(sizes, name, 0) for name in ("resid_pdrop", "hidden_dropout_prob", "dropout"))
+    kept = _attention_bytes(sizes, compute, length, gpu=gpu) + 2 * hidden * compute * own_dropout
+    if recipe.method == "full":
+        inputs = 5 if gated else 4  # each projection has a cast of its own, where there is one to cast
+        of_projections = (inputs if compute < 4 else 2) * hidden + width
+        return kept + 4 * hidden * 4 + (of_projections + between * width) * compute
+    kept += 2 * hidden * (4 if gpu and gated and compute < 4 else compute) + between * width * compute
+    per_layer = sizes.num_hidden_layers
+    kept += recipe.lora_r * compute * len(adapted) / per_layer
+    if recipe.lora_dropout:
+        return kept + sum(columns for _, columns in adapted.values()) * (compute + 1) / per_layer
+    attention = any(in_attention(name) for name in adapted)
+    up = any(columns == hidden for name, (_, columns) in adapted.items() if not in_attention(name))
+    down = any(columns == width for name, (_, columns) in adapted.items() if not in_attention(name))
+    return kept + (attention * hidden + up * hidden + down * width) * compute
+
+
+def _attention_bytes(sizes: Any, compute: int, length: int, *, gpu: bool) -> float:
+    heads = sizes.num_attention_heads
+    width = heads * (getattr(sizes, "head_dim", None) or sizes.hidden_size // heads)
+    dropout = any(getattr(sizes, n, 0) for n in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"))
+    if dropout and not gpu:
+        return 3 * width * 4 + 3 * heads * length * 4 + width * compute
+    return 4 * width * compute + length * compute + 4 * heads
+
+
+def _mlp(sizes: Any, *, fused: bool) -> tuple[int, bool]:
+    """How many tensors of the MLP's width lie between its projections, and whether it is gated."""
+    activation = str(getattr(sizes, "hidden_act", None) or getattr(sizes, "activation_function", ""))
+    if activation in ("silu", "swish") or getattr(sizes, "hidden_activation", None):
+        return (2 if fused else 3), True
+    return (4 if activation in _POLYNOMIAL_GELUS else 1), False
+
+
+def _mlp_width(sizes: Any) -> int:
+    """Features between the projections that a token passes; of experts, those that it is sent to."""
+    experts = getattr(sizes, "num_experts_per_tok", None)
+    width = getattr(sizes, "moe_intermediate_size", None) if experts else None
+    width = width or getattr(sizes, "intermediate_size", None) or getattr(sizes, "n_inner", None)
+    return int(width or 4 * sizes.hidden_size) * int(experts or 1)
+
+
+def rounded_down(rank: float) -> int:
+    """The largest power of two that is not above `rank`, at least 1: a rank to advise."""
+    return 1 << max(0, math.floor(math.log2(max(rank, 1))))
