@@ -31,7 +31,7 @@ from halfbyte.nn import QuantizationReport
 from halfbyte.tensor import QuantizedTensor
 
 # What a tokenizer, a chat template, a generation config and a licence are stored in. Weights and code are not.
-_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+CARRIED = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 
 # Bytes of tensors between two times that freed memory is given back.
 _TRIM_EVERY = 1 << 24
@@ -97,7 +97,7 @@ def quantize_to_archive(
     """
     folder = resolve(source)
     streamed = open_checkpoint(folder, verify=False).quant_method is None
-    request = {"quantization": quantization.own_dict(), "task": task, "source": _fingerprint(folder)}
+    request = {"quantization": quantization.own_dict(), "task": task, "source": source_state(folder)}
     with model_files(folder) as files, new_archive(output, request, compress=compress) as archive:
         with into_sink(_taker(archive)) if streamed else nullcontext():
             model = load_model(folder, quantization=quantization, task=task)
@@ -107,7 +107,7 @@ def quantize_to_archive(
     return report
 
 
-def _fingerprint(source: Path) -> list[list[Any]]:
+def source_state(source: Path) -> list[list[Any]]:
     """What tells one source from another without reading it: its files' names, sizes and times."""
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
@@ -128,14 +128,14 @@ def _taker(archive: ArchiveWriter) -> Sink:
         since_trim += made.numel() * made.element_size()
         del made
         if since_trim > _TRIM_EVERY:
-            _trim()
+            trim()
             since_trim = 0
         return nn.Parameter(placeholder, requires_grad=False)
 
     return take
 
 
-def _trim() -> None:
+def trim() -> None:
     """Let the C library give freed memory back: glibc keeps up to 32 MB of each freed tensor's size for later.
 
     Without, quantizing a 435 M Llama peaked at 166 MB over the idle process; the largest tensor has 33.
@@ -179,7 +179,7 @@ def _add_files(archive: ArchiveWriter, model: Any, tokenizer: Any, source: Path 
         files = {file.name: file for file in source.iterdir()} if source is not None else {}
         files |= {file.name: file for file in folder.iterdir()}
         for name, file in sorted(files.items()):
-            if file.is_file() and file.suffix in _FILES and name != INDEX and not name.startswith("."):
+            if file.is_file() and file.suffix in CARRIED and name != INDEX and not name.startswith("."):
                 archive.add_file(name, file.read_bytes())
 
 

@@ -16,7 +16,7 @@ from halfbyte.models.archive_format import Entry
 from halfbyte.models.archive_reader import Archive, is_archive
 from halfbyte.models.checkpoint import Checkpoint, LazyTensor, open_folder
 
-_SAFETENSORS = {
+SAFETENSORS = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -34,7 +34,7 @@ class MappedTensor(LazyTensor):
     """A tensor in an archive: reading it maps it, or decodes it where it is compressed."""
 
     def __init__(self, name: str, archive: Archive, entry: Entry, failures: list[Exception]) -> None:
-        super().__init__(name, archive.path, entry.shape, _SAFETENSORS[entry.dtype], failures)
+        super().__init__(name, archive.path, entry.shape, SAFETENSORS[entry.dtype], failures)
         self._archive, self._entry = archive, entry
 
     @property
