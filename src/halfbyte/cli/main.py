@@ -17,6 +17,7 @@ from halfbyte import env
 from halfbyte.cli.data import data
 from halfbyte.cli.generate import generate
 from halfbyte.cli.info import info
+from halfbyte.cli.merge import merge
 from halfbyte.cli.quantize import quantize
 from halfbyte.cli.train import train
 from halfbyte.errors import HalfbyteError
@@ -50,7 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug keeps Python's own traceback
     rich_markup_mode=None,
 )
-for command in (quantize, data, train, generate, info):
+for command in (quantize, data, train, generate, merge, info):
     app.command()(_told(command))
 
 

@@ -10,18 +10,22 @@ from halfbyte.models.checkpoint import Checkpoint, read_config
 from halfbyte.models.config import HalfbyteConfig
 from halfbyte.models.loading import TASKS, load_config, load_model, load_tokenizer
 from halfbyte.models.loftq import init_loftq
+from halfbyte.models.merge import MIN_SURVIVING_SHARE, Output, Source, merge_adapter
 from halfbyte.models.quantizer import HalfbyteQuantizer
 from halfbyte.models.saving import check_output_folder, new_folder
 from halfbyte.models.sources import check_model_folder, open_checkpoint
 from halfbyte.nn import QuantizationReport
 
 __all__ = [
+    "MIN_SURVIVING_SHARE",
     "TASKS",
     "Archive",
     "Checkpoint",
     "HalfbyteConfig",
     "HalfbyteQuantizer",
+    "Output",
     "QuantizationReport",
+    "Source",
     "check_model_folder",
     "check_output_archive",
     "check_output_folder",
@@ -31,6 +35,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "merge_adapter",
     "new_folder",
     "open_checkpoint",
     "quantize_to_archive",

@@ -298,7 +298,7 @@ class _Merger:
         if not share >= minimum:
             raise RequestError(
                 f"only {share:.1%} of the adapter's change would survive {self._told()}: {self._worst()}; merge into "
-                f"bfloat16, keep the adapter apart, or accept it with --min-surviving-share {max(0, math.floor(100 * share) / 100)}"
+                f"bfloat16, keep the adapter apart, or accept it with --min-surviving-share {math.floor(100 * share) / 100}"
             )
 
     def _take(self, model: nn.Module, name: str, make: Callable[[], torch.Tensor]) -> nn.Parameter:
@@ -420,6 +420,7 @@ class _Merger:
         request = {
             "base": str(source.path),
             "adapter": str(self.adapter),
+            "task": self.task,
             "fitted_quantization": source.quantization and source.quantization.own_dict(),
             "fitted_dtype": source.dtype and str(source.dtype).removeprefix("torch."),
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -8,9 +8,9 @@ library can read the result.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,19 +64,22 @@ def check_output_folder(path: str | Path) -> Path:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends well, and vanishes when it does not.
 
+    What a process that was killed left beside `path` is thrown away by the next one.
+
     Raises:
-        OutputError: see `check_output_folder`; also when the disk fills up inside the block.
+        OutputError: see `check_output_folder`; also when another process is writing it, or the disk fills up inside the
+            block.
     """
     folder = check_output_folder(path).absolute()
     made = _make_parents(folder.parent)
-    aside = None
+    aside, lock = None, None
     try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        aside, lock = _begin(folder)
         yield aside
         mask = umask()
         for file in aside.rglob("*"):
             if file.is_file():
-                # safetensors and mkdtemp make what only their owner may open; a model is shared like any other file.
+                # safetensors makes what only its owner may open; a model is shared like any other file.
                 file.chmod(0o666 & ~mask)
                 sync(file)
         aside.chmod(0o777 & ~mask)
@@ -89,7 +92,29 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         for parent in made:
             parent.rmdir()
         raise as_output_error(error, folder) from None
+    finally:
+        if lock is not None:
+            os.close(lock)
     sync(folder.parent)
+
+
+def _begin(folder: Path) -> tuple[Path, int]:
+    """An empty folder beside `folder`, and the lock on it; one that a killed process left is taken over and emptied."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    aside.mkdir(mode=0o700, exist_ok=True)
+    lock = os.open(aside, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held the lock may have finished in between: then this folder has its name, and is not ours.
+        ours = aside.stat().st_ino == os.fstat(lock).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    if not ours:
+        os.close(lock)
+        raise OutputError(f"another process is writing {folder}; let it finish or name another folder")
+    for left in aside.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return aside, lock
 
 
 def as_output_error(error: BaseException, folder: Path) -> BaseException:
