@@ -53,6 +53,7 @@ def train_adapter(folder: Path, base: Path, words: list[str], arguments: argpars
         "learning_rate": arguments.rate,
         "max_steps": arguments.steps,
         "per_device_train_batch_size": 4,
+        "save_steps": None,
     }
     train(make_recipe(keys), console=Console(file=io.StringIO()))
     return folder / "run"
@@ -84,14 +85,23 @@ def main() -> None:
                 with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                     report = merge_adapter(source, run, output)
                 found = measure(str(base), run, path, prompts)
-                found["perplexity"] = perplexity(load_model(path), load_tokenizer(base), held, max_length=256).perplexity
+                found["perplexity"] = perplexity(
+                    load_model(path), load_tokenizer(base), held, max_length=256
+                ).perplexity
+                # The yardstick is the same for every merge.
                 if not rows:
-                    rows.append(["none: the base without its adapter", "", "", "", *_cells(found["base_without_adapter"]), ""])
+                    rows.append(
+                        ["none: the base without its adapter", "", "", "", *_cells(found["base_without_adapter"]), ""]
+                    )
                 total = report["total"]
                 cells = [f"{total['surviving_share']:.1%}", f"{total['noise']:.3g}"]
                 rows.append([onto, what, *cells, *_cells(found["merged"]), f"{found['perplexity']:.3f}"])
                 print(*rows[-1], sep="  ", flush=True)
-                results[f"{onto} -> {what}"] = {"total": total, "parity": found["merged"], "perplexity": found["perplexity"]}
+                results[f"{onto} -> {what}"] = {
+                    "total": total,
+                    "parity": found["merged"],
+                    "perplexity": found["perplexity"],
+                }
                 results["base without its adapter"] = found["base_without_adapter"]
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     header = ["merged onto", "into", "surviving share", "noise", "KL, nats", "same token", "perplexity, unseen words"]

@@ -130,7 +130,9 @@ def test_the_share_that_survives_is_the_formula(llama, tmp_path):
     before = load_file(base / "model.safetensors")[name].double()
     delta = merged_by_peft(AutoModelForCausalLM.from_pretrained(base), adapter)[name].double() - before
     after = load_model(tmp_path / "out.nf4dq").get_parameter(name).dequantize(torch.float32).double()
-    change = after - load_model(base, quantization=HalfbyteConfig()).get_parameter(name).dequantize(torch.float32).double()
+    change = (
+        after - load_model(base, quantization=HalfbyteConfig()).get_parameter(name).dequantize(torch.float32).double()
+    )
     share = float((change * delta).sum() / (delta * delta).sum())
     noise = float((change - delta).norm() / delta.norm())
     assert report["layers"][name]["surviving_share"] == pytest.approx(share, rel=1e-5)
@@ -139,7 +141,7 @@ def test_the_share_that_survives_is_the_formula(llama, tmp_path):
 
 
 def test_a_lost_delta_is_refused_and_may_be_accepted(folder_of, tmp_path):
-    """Onto decoded weights in their own format: all but the largest entries of a small delta go back to where they were."""
+    """Onto decoded weights in their own format: most entries of a small delta go back."""
     base, config = folder_of("llama"), HalfbyteConfig(scale_bits=None)
     adapter = train_adapter(base, tmp_path / "adapter", size=0.002, target_modules="all-linear")
     source, out = Source(str(base), config), tmp_path / "out.nf4dq"
@@ -237,7 +239,7 @@ def test_nothing_of_the_adapter_is_dropped(llama, tmp_path):
 def test_another_base_is_refused(llama, folder_of, tmp_path):
     _, adapter = llama
     for family in ("opt", "qwen3"):
-        with pytest.raises(CheckpointError, match="does not fit|no place|lacks"):
+        with pytest.raises(CheckpointError, match=r"does not fit|no place|lacks"):
             merge_adapter(Source(str(folder_of(family))), adapter, Output(tmp_path / "out"))
 
 

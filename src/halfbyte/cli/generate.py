@@ -78,11 +78,15 @@ def load_for_inference(model: str, adapter: Path | None = None) -> tuple[PreTrai
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from halfbyte.models import other_base
+
     weights = adapter / "adapter_model.safetensors"
     if not weights.is_file():
         raise CheckpointError(f"adapter {adapter} has no {weights.name}; other files (pickles) are not read.")
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()  # with the chat template of the training
     tokenizer = load_tokenizer(str(adapter) if has_tokenizer else base)
+    if warning := other_base(adapter, base):
+        typer.echo(f"halfbyte: {warning}", err=True)
     quantized = _load_base(base, adapter)
     try:
         loaded: Any = PeftModel.from_pretrained(quantized, str(adapter))

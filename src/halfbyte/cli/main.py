@@ -14,6 +14,7 @@ from collections.abc import Callable
 import typer
 
 from halfbyte import env
+from halfbyte.cli.adapter import combine, pack, scale, unpack
 from halfbyte.cli.data import data
 from halfbyte.cli.generate import generate
 from halfbyte.cli.info import info
@@ -53,6 +54,10 @@ app = typer.Typer(
 )
 for command in (quantize, data, train, generate, merge, info):
     app.command()(_told(command))
+adapters = typer.Typer(help="Combine and scale adapters, and store one in 4 bits.", no_args_is_help=True)
+for command in (combine, scale, pack, unpack):
+    adapters.command()(_told(command))
+app.add_typer(adapters, name="adapter", rich_help_panel=None)
 
 
 def main() -> None:

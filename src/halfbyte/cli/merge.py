@@ -45,7 +45,7 @@ def merge(
     import torch
 
     from halfbyte import env
-    from halfbyte.models import HalfbyteConfig, Output, Source, is_archive, merge_adapter
+    from halfbyte.models import HalfbyteConfig, Output, Source, is_archive, merge_adapter, other_base
 
     if Path(base).exists():
         env.go_offline()
@@ -57,6 +57,8 @@ def merge(
         None if format is None else HalfbyteConfig(format=format, block_size=block_size, scale_bits=bits),
         min_surviving_share,
     )
+    if other := other_base(adapter, base):
+        raise RequestError(f"{other}; name its own base (--onto merges it onto another one)")
     source = fitted(base, adapter) if onto is None else Source(onto)
     report = merge_adapter(source, adapter, target)
     _tell(report, target, source)
@@ -159,9 +161,9 @@ def _tell(report: dict[str, Any], output: Output, source: Source) -> None:
 def _tell_parity(measured: dict[str, Any], onto: str | None, file: Path) -> None:
     merged, without = measured["merged"], measured["base_without_adapter"]
     typer.echo(
-        f"against the adapter on its base: KL {merged['kl']:.3g} nats a token (at most {merged['largest_kl']:.3g}), the "
-        f"same token at {merged['greedy_agreement']:.1%} of {merged['positions']} positions' answers; the base without "
-        f"the adapter: KL {without['kl']:.3g}, {without['greedy_agreement']:.1%}: {file}"
+        f"against the adapter on its base: KL {merged['kl']:.3g} nats a token (at most {merged['largest_kl']:.3g}, "
+        f"{merged['positions']} positions), the same token at {merged['greedy_agreement']:.1%}; the base without the "
+        f"adapter: KL {without['kl']:.3g}, {without['greedy_agreement']:.1%}: {file}"
     )
     if onto is not None:
         typer.echo(f"the KL is what merging onto {onto} costs: the adapter was fitted to other weights")

@@ -52,7 +52,7 @@ class Overlay:
         whole: names of the parameters that the adapter brings as a whole.
 
     Raises:
-        CheckpointError: the adapter is missing or damaged, or does not fit the base; the message names the first tensor.
+        CheckpointError: the adapter is missing or damaged, or does not fit the base; the message names a tensor.
         RequestError: it is of a kind, or has a feature, that cannot be merged.
     """
 
@@ -162,14 +162,16 @@ class Overlay:
                 yield once(f"{name}.weight"), _Change(layer=module)
             elif isinstance(module, LoraLayer) and _NAME in {**module.lora_A, **module.lora_embedding_A}:
                 if isinstance(module.get_base_layer(), nn.MultiheadAttention):
-                    raise RequestError(f"adapter {self.folder} adapts {name}, an nn.MultiheadAttention: not merged here")
+                    raise RequestError(
+                        f"adapter {self.folder} adapts {name}, an nn.MultiheadAttention: not merged here"
+                    )
                 attribute = getattr(module, "parameter_name", None) or "weight"
                 yield once(f"{name}.{attribute}"), _Change(layer=module, attribute=attribute)
                 if module.lora_bias.get(_NAME):
                     if getattr(module.get_base_layer(), "bias", None) is None:
                         raise RequestError(
-                            f"adapter {self.folder} has a bias for {name} (lora_bias), and the base's layer has none to "
-                            "merge it into"
+                            f"adapter {self.folder} has a bias for {name} (lora_bias), and the base's layer has "
+                            "none to merge it into"
                         )
                     yield once(f"{name}.bias"), _Change(layer=module, attribute="bias")
         for path, parameter in inner.named_parameters(remove_duplicate=False):

@@ -24,10 +24,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -296,9 +294,10 @@ class _Merger:
             raise CheckpointError(f"{self.base} lacks {len(left)} weights of the model, the first is {left[0]}")
         share, minimum = self.report.total.share, self.output.min_surviving_share
         if not share >= minimum:
+            floor = math.floor(100 * share) / 100
             raise RequestError(
                 f"only {share:.1%} of the adapter's change would survive {self._told()}: {self._worst()}; merge into "
-                f"bfloat16, keep the adapter apart, or accept it with --min-surviving-share {math.floor(100 * share) / 100}"
+                f"bfloat16, keep the adapter apart, or accept it with --min-surviving-share {floor}"
             )
 
     def _take(self, model: nn.Module, name: str, make: Callable[[], torch.Tensor]) -> nn.Parameter:
@@ -367,9 +366,7 @@ class _Merger:
             return Plan({}, {})
         skip = [*wanted.skip_modules, *(name for name in self.skip if name not in wanted.skip_modules)]
         plan = make_plan(self.model, heads=heads, quantize_embeddings=wanted.quantize_embeddings)
-        chosen = {
-            name: kind for name, kind in plan.chosen.items() if not any(f".{s}." in f".{name}." for s in skip)
-        }
+        chosen = {name: kind for name, kind in plan.chosen.items() if not any(f".{s}." in f".{name}." for s in skip)}
         return Plan(chosen, plan.skipped)
 
     def _reading(self) -> HalfbyteConfig | None:
