@@ -63,7 +63,7 @@ class Overlay:
         self.config = _supported(read_adapter_config(folder))
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
         _without_bytes(model)
-        before = {id(parameter) for parameter in model.parameters()}
+        before = {id(parameter): parameter for parameter in model.parameters()}  # held: an id may be used again
         peft_model = self._load(model, LoraConfig.from_pretrained(str(folder)))
         self._changes = dict(self._find(peft_model, before))
         for name, change in self._changes.items():
@@ -139,7 +139,7 @@ class Overlay:
                 raise CheckpointError(f"adapter {self.folder} {told}; is it the adapter of another base?")
         return peft_model
 
-    def _find(self, peft_model: Any, before: set[int]) -> Iterator[tuple[str, _Change]]:
+    def _find(self, peft_model: Any, before: dict[int, nn.Parameter]) -> Iterator[tuple[str, _Change]]:
         """Parameter name -> change."""
         from peft.tuners.lora import LoraLayer
         from peft.tuners.trainable_tokens import TrainableTokensLayer

@@ -181,6 +181,8 @@ def combine_adapters(
     config = model.peft_config["combined"]
     # peft makes matrices for a scaling of 1 and copies the first adapter's rsLoRA, which would scale them again.
     config.use_rslora, config.inference_mode = False, True
+    first = read_adapter_config(folders[0])  # what the stand-in had no use for
+    config.task_type, config.fan_in_fan_out = first.get("task_type"), bool(first.get("fan_in_fan_out"))
     with new_folder(output) as aside:
         for file in folders[0].iterdir():
             if file.is_file() and file.name not in (
@@ -311,7 +313,7 @@ def _combinable(
 
 def _on_stand_in(folders: Sequence[Path], pairs: Sequence[dict[str, LoraPair]]) -> Any:
     """A peft model with all adapters on it, in float32, over a base without bytes."""
-    from peft import LoraConfig, PeftModel, PeftModelForCausalLM  # noqa: F401
+    from peft import LoraConfig, PeftModel
 
     shapes = {name: (p.up.shape[0], p.down.shape[1]) for own in pairs for name, p in own.items()}
     embeddings = {

@@ -271,7 +271,7 @@ class _Merger:
                 archive.tie(alias, name)
         config = self._final_config()
         if self.output.quantization is not None:
-            config.quantization_config = self.output.quantization.own_dict()
+            config.quantization_config = self.output.quantization.own_dict() | {"skip_modules": self._skipped()}
         archive.add_file("config.json", config.to_json_string(use_diff=True).encode())
         for name, data in self._files():
             archive.add_file(name, data)
@@ -364,10 +364,15 @@ class _Merger:
         wanted = self.output.quantization
         if wanted is None:
             return Plan({}, {})
-        skip = [*wanted.skip_modules, *(name for name in self.skip if name not in wanted.skip_modules)]
+        skip = self._skipped()
         plan = make_plan(self.model, heads=heads, quantize_embeddings=wanted.quantize_embeddings)
         chosen = {name: kind for name, kind in plan.chosen.items() if not any(f".{s}." in f".{name}." for s in skip)}
         return Plan(chosen, plan.skipped)
+
+    def _skipped(self) -> list[str]:
+        """Modules that the output keeps dense, as asked or as the base does."""
+        asked = list(self.output.quantization.skip_modules) if self.output.quantization else []
+        return [*asked, *(name for name in self.skip if name not in asked)]
 
     def _reading(self) -> HalfbyteConfig | None:
         """How the source is quantized when it is read."""
