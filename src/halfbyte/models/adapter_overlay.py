@@ -103,7 +103,8 @@ class Overlay:
         try:
             biased.update(dict.fromkeys(biased, False))  # the bias is a parameter of its own, see above
             change.layer.merge(safe_merge=True, adapter_names=[_NAME])
-            return getattr(base, change.attribute).detach()
+            result: torch.Tensor = getattr(base, change.attribute).detach()
+            return result
         except NotImplementedError as error:
             raise RequestError(f"adapter {self.folder} cannot be merged: {name}: {error}") from None
         except ValueError as error:

@@ -113,10 +113,10 @@ def _parts(path: str | Path) -> Iterator[_Part]:
         with shard.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))  # safetensors has checked it
-        for name, entry in header.items():
+        for name, fact in header.items():
             if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                yield name, entry["dtype"], tuple(entry["shape"]), shard, 8 + length + begin, end - begin
+                begin, end = fact["data_offsets"]
+                yield name, fact["dtype"], tuple(fact["shape"]), shard, 8 + length + begin, end - begin
 
 
 def _samples(nbytes: int) -> list[tuple[int, int]]:

@@ -279,12 +279,16 @@ class _Merger:
     def _stream(self, write: Callable[[str, torch.Tensor], None]) -> None:
         """Load the source, every parameter of which goes through `_take`; then whatever did not."""
         self._write = write
-        source, options = self.source, {}
-        if self.task != "causal-lm":
-            options["num_labels"] = getattr(self.config, "num_labels", None)
+        source = self.source
+        num_labels = None if self.task == "causal-lm" else getattr(self.config, "num_labels", None)
         with into_sink(self._take):
             model = load_model(
-                self.base, quantization=self._reading(), dtype=source.dtype, task=self.task, fused=False, **options
+                self.base,
+                quantization=self._reading(),
+                dtype=source.dtype,
+                task=self.task,
+                num_labels=num_labels,
+                fused=False,
             )
         for name, tensor in model.state_dict(keep_vars=True).items():
             if tensor.device.type != "meta":

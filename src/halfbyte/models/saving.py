@@ -113,7 +113,10 @@ def _begin(folder: Path) -> tuple[Path, int]:
         os.close(lock)
         raise OutputError(f"another process is writing {folder}; let it finish or name another folder")
     for left in aside.iterdir():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
     return aside, lock
 
 
