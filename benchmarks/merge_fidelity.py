@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ import torch
 from _assets import assets, finish, table
 from rich.console import Console
 
-from halfbyte.cli.merge import fitted, measure
-from halfbyte.evaluate import perplexity
+from halfbyte.cli.merge import adapted, fitted
+from halfbyte.evaluate import Parity, parity, perplexity
 from halfbyte.models import HalfbyteConfig, Output, Source, load_model, load_tokenizer, merge_adapter
 from halfbyte.train.recipe import make_recipe
 from halfbyte.train.sft import train
@@ -66,51 +65,43 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--run", type=Path, help="merge the adapter of this run and train none")
     arguments = parser.parse_args()
     base = assets() / "models" / "stories260K"
     text = assets() / "text" / "wikitext-2"
     words = (text / "valid.txt").read_text(encoding="utf-8").split()[: arguments.words]
     unseen = (text / "test.txt").read_text(encoding="utf-8").split()
-    prompts = [" ".join(unseen[start : start + 30]) for start in range(0, 16 * 500, 500)]
+    prompts = [" ".join(unseen[start : start + 30]) for start in range(0, arguments.prompts * 500, 500)]
     held = " ".join(unseen[10_000:12_000])
-    rows, results = [], {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run = train_adapter(folder, base, words, arguments)
+        run = arguments.run or train_adapter(folder, base, words, arguments)
+        wanted, without = adapted(str(base), run, prompts)
+        rows = [["none: the base without its adapter", "", "", "", *_cells(without), ""]]
+        results: dict[str, Any] = {"base without its adapter": without.as_dict()}
         sources = {"decoded NF4 (default)": fitted(str(base), run), "original": Source(str(base))}
         for onto, source in sources.items():
             for what, (dtype, quantization) in OUTPUTS.items():
                 path = folder / f"merged-{len(rows)}"
                 output = Output(path, dtype, quantization, min_surviving_share=float("-inf"))
-                with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                    report = merge_adapter(source, run, output)
-                found = measure(str(base), run, path, prompts)
-                found["perplexity"] = perplexity(
-                    load_model(path), load_tokenizer(base), held, max_length=256
-                ).perplexity
-                # The yardstick is the same for every merge.
-                if not rows:
-                    rows.append(
-                        ["none: the base without its adapter", "", "", "", *_cells(found["base_without_adapter"]), ""]
-                    )
-                total = report["total"]
+                total = merge_adapter(source, run, output)["total"]
+                model = load_model(path)
+                found = parity(wanted, model)
+                text_loss = perplexity(model, load_tokenizer(base), held, max_length=256).perplexity
                 cells = [f"{total['surviving_share']:.1%}", f"{total['noise']:.3g}"]
-                rows.append([onto, what, *cells, *_cells(found["merged"]), f"{found['perplexity']:.3f}"])
+                rows.append([onto, what, *cells, *_cells(found), f"{text_loss:.3f}"])
                 print(*rows[-1], sep="  ", flush=True)
-                results[f"{onto} -> {what}"] = {
-                    "total": total,
-                    "parity": found["merged"],
-                    "perplexity": found["perplexity"],
-                }
-                results["base without its adapter"] = found["base_without_adapter"]
+                results[f"{onto} -> {what}"] = {"total": total, "parity": found.as_dict(), "perplexity": text_loss}
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     header = ["merged onto", "into", "surviving share", "noise", "KL, nats", "same token", "perplexity, unseen words"]
     print(table(header, rows))
-    finish("merge_fidelity", {**vars(arguments), "final_loss": summary["final_loss"], "merges": results})
+    settings = {key: value for key, value in vars(arguments).items() if key != "run"}
+    finish("merge_fidelity", {**settings, "final_loss": summary["final_loss"], "merges": results})
 
 
-def _cells(found: dict[str, Any]) -> list[str]:
-    return [f"{found['kl']:.3g}", f"{found['greedy_agreement']:.1%}"]
+def _cells(found: Parity) -> list[str]:
+    return [f"{found.kl:.3g}", f"{found.agreement:.1%}"]
 
 
 if __name__ == "__main__":

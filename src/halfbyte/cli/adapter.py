@@ -97,14 +97,12 @@ def unpack(
 def _compare(base: str, adapter: Path, packed: Path) -> None:
     """The KL of the packed adapter's logits from the original's, on the same base."""
     from halfbyte.cli.generate import load_for_inference
-    from halfbyte.evaluate import parity, reference
+    from halfbyte.cli.merge import adapted
+    from halfbyte.evaluate import parity
     from halfbyte.evaluate.parity import PROMPTS
     from halfbyte.models import unpack_adapter
 
-    model, tokenizer = load_for_inference(base, adapter)
-    wanted = reference(model, [tokenizer(prompt)["input_ids"] for prompt in PROMPTS])
-    with model.disable_adapter():  # type: ignore[operator]  # it is a PeftModel
-        without = parity(wanted, model)
+    wanted, without = adapted(base, adapter, PROMPTS)
     with tempfile.TemporaryDirectory(prefix="halfbyte-") as name:
         folder = Path(name) / "adapter"
         unpack_adapter(packed, folder)

@@ -13,6 +13,7 @@ import typer
 from halfbyte.errors import DataError, RequestError, nearest
 
 if TYPE_CHECKING:
+    from halfbyte.evaluate import Parity, Reference
     from halfbyte.models import Output, Source
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -106,19 +107,24 @@ def fitted(base: str, adapter: Path) -> Source:
 
 def measure(base: str, adapter: Path, output: Path, prompts: Sequence[str]) -> dict[str, Any]:
     """The parity of a merge with the adapter on its base, and the yardstick: of that base without it."""
+    from halfbyte.evaluate import parity
+    from halfbyte.models import load_model
+
+    wanted, without = adapted(base, adapter, prompts)
+    merged = parity(wanted, load_model(output))
+    return {"merged": merged.as_dict(), "base_without_adapter": without.as_dict(), "prompts": list(prompts)}
+
+
+def adapted(base: str, adapter: Path, prompts: Sequence[str]) -> tuple[Reference, Parity]:
+    """What the adapter on its base says to prompts, and the parity of the base without it."""
     from halfbyte.cli.generate import load_for_inference
     from halfbyte.evaluate import parity, reference
-    from halfbyte.models import load_model
 
     model, tokenizer = load_for_inference(base, adapter)
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     wanted = reference(model, rows)
     with model.disable_adapter():  # type: ignore[operator]  # it is a PeftModel
-        without = parity(wanted, model)
-    device = model.device
-    del model
-    merged = parity(wanted, load_model(output, device=device))
-    return {"merged": merged.as_dict(), "base_without_adapter": without.as_dict(), "prompts": list(prompts)}
+        return wanted, parity(wanted, model)
 
 
 def parity_file(output: Path) -> Path:
