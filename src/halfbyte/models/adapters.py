@@ -198,6 +198,9 @@ def combine_adapters(
             file.replace(aside / file.name)
         (aside / "combined").rmdir()
         (aside / "README.md").unlink(missing_ok=True)
+        saved = read_adapter_config(aside)
+        saved["auto_mapping"] = first.get("auto_mapping")  # peft writes the stand-in's class
+        (aside / ADAPTER_CONFIG).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
         return _distance(lora_pairs(aside), pairs, scales)
 
 
@@ -230,7 +233,7 @@ def pack_adapter(folder: Path, output: Path, spec: QuantSpec) -> dict[str, float
             errors[name] = float((packed.dequantize() - dense).norm()) / norm if norm else 0.0
             archive.add(name, packed.to(tensor.dtype))
         for file in sorted(folder.iterdir()):
-            if file.is_file() and file.name != ADAPTER_WEIGHTS:
+            if file.is_file() and file.name != ADAPTER_WEIGHTS and not file.name.startswith("."):
                 archive.add_file(file.name, file.read_bytes())
     return errors
 
