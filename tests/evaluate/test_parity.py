@@ -58,5 +58,5 @@ def test_the_context_bounds_an_answer_and_refuses_a_prompt():
 
 def test_another_vocabulary_is_refused():
     wanted = reference(Table(torch.randn(WORDS, WORDS)), [[1]], max_new_tokens=2)
-    with pytest.raises(RequestError, match="5 and 7 tokens"):
+    with pytest.raises(RequestError, match="7 and 5 tokens"):
         parity(wanted, Table(torch.randn(WORDS, 7)))

@@ -228,7 +228,7 @@ def test_nothing_of_the_adapter_is_dropped(llama, tmp_path):
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     key = next(iter(tensors))
-    save_file({**tensors, "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": tensors[key]}, file)
+    save_file({**tensors, "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": tensors[key].clone()}, file)
     with pytest.raises(CheckpointError, match=r"layers\.9.*no place"):
         merge_adapter(Source(str(base)), adapter, Output(tmp_path / "out"))
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, file)
@@ -238,7 +238,7 @@ def test_nothing_of_the_adapter_is_dropped(llama, tmp_path):
 
 def test_another_base_is_refused(llama, folder_of, tmp_path):
     _, adapter = llama
-    for family in ("opt", "qwen3"):
+    for family in ("opt", "gpt2"):
         with pytest.raises(CheckpointError, match=r"does not fit|no place|lacks"):
             merge_adapter(Source(str(folder_of(family))), adapter, Output(tmp_path / "out"))
 
