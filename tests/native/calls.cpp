@@ -1,3 +1,4 @@
+// budget: every op has a function that makes up a call of it, and they stand side by side
 #include "calls.h"
 
 #include <algorithm>

@@ -12,6 +12,8 @@ import typer
 from halfbyte.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from halfbyte.infer import Engine
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -44,37 +46,62 @@ def open_engine(model: str, adapters: dict[str, Path], **options: Any) -> Engine
         CheckpointError: see `load_model`; or an adapter whose base is not named.
         RequestError: a classifier, which writes no answers.
     """
-    import torch
-
-    from halfbyte import env
     from halfbyte.infer import Engine
-    from halfbyte.models import load_model, load_tokenizer, other_base, resize_vocabulary
 
-    if Path(model).exists():
-        env.go_offline()
+    base = model
     for path in (Path(model), *adapters.values()):
         _refuse_classifier(path)
-    base, recipe = model, None
     if (Path(model) / ADAPTER_CONFIG).is_file():
         own = Path(model)
         adapters = {own.resolve().name: own, **adapters}
         base = str(_json(own / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
         if not base:
             raise CheckpointError(f"adapter {own} does not name its base; give the base as MODEL and --adapter {own}.")
+    loaded, tokenizer = _load(base, list(adapters.values()))
+    return Engine(loaded, adapters, tokenizer=tokenizer, **options)
+
+
+def load_adapted(base: str, adapter: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """peft's model: a base, quantized as the adapter's recipe says, with the adapter on it; and the tokenizer.
+
+    Raises:
+        CheckpointError: see `load_model`; or the adapter is incomplete, damaged or made for another model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise CheckpointError(
+            f"adapter {adapter} has no adapter_model.safetensors; other files (pickles) are not read."
+        )
+    loaded, tokenizer = _load(base, [adapter])
+    try:
+        return PeftModel.from_pretrained(loaded, str(adapter)), tokenizer
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"adapter {adapter} does not fit {base} or is damaged: {reason}") from error
+
+
+def _load(base: str, adapters: list[Path]) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A base as its adapters were trained on it, but without them, and their tokenizer."""
+    import torch
+
+    from halfbyte import env
+    from halfbyte.models import load_model, load_tokenizer, other_base, resize_vocabulary
+
+    if Path(base).exists():
+        env.go_offline()
     rows = 0
-    for path in adapters.values():
-        if (path / "recipe.yaml").is_file():
-            recipe = recipe or path / "recipe.yaml"
+    for path in adapters:
+        rows = max(rows, 1 + max(_trained_rows(path), default=-1))
         if warning := other_base(path, base):
             typer.echo(f"halfbyte: {warning}", err=True)
-        rows = max(rows, 1 + max(_trained_rows(path), default=-1))
+    recipe = next((path / "recipe.yaml" for path in adapters if (path / "recipe.yaml").is_file()), None)
     loaded = load_model(base) if recipe is None else _load_as_trained(base, recipe)
     resize_vocabulary(loaded, rows)
-    if torch.cuda.is_available():
-        loaded = loaded.to("cuda")
-    with_tokenizer = next((path for path in adapters.values() if (path / "tokenizer_config.json").is_file()), None)
+    with_tokenizer = next((path for path in adapters if (path / "tokenizer_config.json").is_file()), None)
     tokenizer = load_tokenizer(with_tokenizer or base)  # an adapter's has the chat template of its training
-    return Engine(loaded, adapters, tokenizer=tokenizer, **options)
+    return (loaded.to("cuda") if torch.cuda.is_available() else loaded), tokenizer
 
 
 def _load_as_trained(base: str, recipe: Path) -> Any:

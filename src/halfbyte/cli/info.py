@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, RequestError
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "safetensors", "bitsandbytes")
 STATE_MARKER = ".quant_state."
@@ -23,14 +23,17 @@ def info(
     folder: Annotated[
         Path | None, typer.Argument(help="Archive, or model, adapter or run directory.", show_default=False)
     ] = None,
+    base: Annotated[str | None, typer.Option(help="Of an adapter: a model, to see whether it is its base.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what this machine runs and why, or what a folder or an archive holds."""
     facts = machine_info() if folder is None else folder_info(folder)
+    if base is not None:
+        facts["fits"] = _fits(folder, base)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    if facts.get("kind") == "archive":
+    if "tensors" in facts:
         facts = {key: value for key, value in facts.items() if key != "tensors"} | {"tensors": _table(facts["tensors"])}
     for key, value in facts.items():
         if isinstance(value, dict):
@@ -84,8 +87,11 @@ def folder_info(folder: Path) -> dict[str, Any]:
 def _archive_info(path: Path) -> dict[str, Any]:
     from halfbyte.models import Archive, check_model_folder, describe
 
+    archive = Archive(path)
+    facts = describe(archive)
+    if "adapter_config.json" in archive.directory.files:
+        return facts | {"kind": "packed adapter"}
     config = check_model_folder(path)
-    facts = describe(Archive(path))
     architecture = ", ".join(config.get("architectures") or [config.get("model_type", "?")])
     return {"kind": facts.pop("kind"), "architecture": architecture} | facts
 
@@ -106,6 +112,8 @@ def _table(tensors: dict[str, Any]) -> dict[str, str]:
 def _adapter_info(folder: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
+    from halfbyte.models import read_base
+
     config = _json(folder / "adapter_config.json")
     weights = folder / "adapter_model.safetensors"
     try:
@@ -122,12 +130,39 @@ def _adapter_info(folder: Path) -> dict[str, Any]:
         "targets": ", ".join(sorted(config.get("target_modules") or [])),
         "parameters": parameters,
     }
+    stored = read_base(folder)
+    if stored is not None:
+        facts["base_sha256"] = stored["sha256"]
     if config.get("rank_pattern"):
         facts["rank_pattern"] = config["rank_pattern"]
     if (folder / "summary.json").is_file():
         summary = _json(folder / "summary.json")
         facts |= {key: summary.get(key) for key in ("steps", "final_loss", "before", "after", "bits_per_parameter")}
-    return facts
+    return facts | {"matrices": _matrices(folder)}
+
+
+def _matrices(folder: Path) -> dict[str, str]:
+    """One line for each adapted matrix."""
+    from halfbyte.models import describe_adapter
+
+    return {
+        name: f"rank {fact['rank']} (effective {fact['effective_rank']:.1f}), norm {fact['norm']:.4g}"
+        for name, fact in describe_adapter(folder).items()
+    }
+
+
+def _fits(folder: Path | None, base: str) -> str:
+    """Whether an adapter belongs to a base, in one sentence."""
+    from halfbyte.models import base_hash, other_base, read_base
+
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        raise RequestError("--base asks whether an adapter belongs to a base; name the adapter's folder first.")
+    stored = read_base(folder)
+    if stored is None:
+        return "unknown: the adapter does not say which base it was trained on"
+    if base_hash(base)["storage"] != stored["storage"]:
+        return f"unknown: it was trained on {stored['base']} as {stored['storage']}, and {base} is stored otherwise"
+    return other_base(folder, base) or f"yes: {base} is the base that it was trained on"
 
 
 def _model_info(folder: Path) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from collections.abc import Callable
 import typer
 
 from halfbyte import env
+from halfbyte.cli.adapter import combine, pack, scale, unpack
 from halfbyte.cli.chat import chat
 from halfbyte.cli.data import data
 from halfbyte.cli.export import export
 from halfbyte.cli.generate import generate
 from halfbyte.cli.info import info
+from halfbyte.cli.merge import merge
 from halfbyte.cli.quantize import quantize
 from halfbyte.cli.serve import serve
 from halfbyte.cli.train import train
@@ -53,8 +55,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug keeps Python's own traceback
     rich_markup_mode=None,
 )
-for command in (quantize, data, train, generate, chat, serve, export, info):
+for command in (quantize, data, train, generate, chat, serve, merge, export, info):
     app.command()(_told(command))
+adapters = typer.Typer(help="Combine and scale adapters, and store one in 4 bits.", no_args_is_help=True)
+for tool in (combine, scale, pack, unpack):
+    adapters.command()(_told(tool))
+app.add_typer(adapters, name="adapter", rich_help_panel=None)
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from halfbyte.nn import QuantizationReport
 from halfbyte.tensor import QuantizedTensor
 
 # What a tokenizer, a chat template, a generation config and a licence are stored in. Weights and code are not.
-_FILES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
+CARRIED = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 
 # Bytes of tensors between two times that freed memory is given back.
 _TRIM_EVERY = 1 << 24
@@ -166,7 +166,7 @@ class _WriteBehind:
             self._wait()
         self._since_trim += nbytes
         if self._since_trim > _TRIM_EVERY:
-            _trim()
+            trim()
             self._since_trim = 0
         return nn.Parameter(placeholder, requires_grad=False)
 
@@ -176,7 +176,7 @@ class _WriteBehind:
         self._pending = None
 
 
-def _trim() -> None:
+def trim() -> None:
     """Let the C library give freed memory back: glibc keeps up to 32 MB of each freed tensor's size for later.
 
     Without, quantizing a 435 M Llama peaked at 166 MB over the idle process; the largest tensor has 33.
@@ -235,7 +235,7 @@ def small_files(model: Any, config: Any, tokenizer: Any, source: Path | None) ->
         files = {file.name: file for file in source.iterdir()} if source is not None else {}
         files |= {file.name: file for file in folder.iterdir()}
         for name, file in sorted(files.items()):
-            if file.is_file() and file.suffix in _FILES and name != INDEX and not name.startswith("."):
+            if file.is_file() and file.suffix in CARRIED and name != INDEX and not name.startswith("."):
                 yield name, file.read_bytes()
 
 

@@ -68,7 +68,7 @@ class ArchiveWriter:
         self.partial, self.journal = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.journal")
         self._compress = compress
         self.directory = Directory(f"halfbyte {version('halfbyte')}")
-        asked = {key: _fingerprint(value) if isinstance(value, Path) else value for key, value in request.items()}
+        asked = {key: source_state(value) if isinstance(value, Path) else value for key, value in request.items()}
         asked = {"generator": self.directory.generator, "compress": compress, "request": asked}
         self._request = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         self.written = 0
@@ -372,7 +372,7 @@ def check_output_archive(path: str | Path) -> Path:
     return file
 
 
-def _fingerprint(source: Path) -> list[list[Any]]:
+def source_state(source: Path) -> list[list[Any]]:
     """What tells one source from another without reading it: its files' names, sizes and times."""
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]

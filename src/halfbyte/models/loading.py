@@ -208,15 +208,8 @@ def _first_spec(checkpoint: Checkpoint) -> QuantSpec | None:
 def _load(
     checkpoint: Checkpoint, config: Any, task: str, quantization: HalfbyteConfig | None, dtype: torch.dtype | str | None
 ) -> Any:
-    import transformers
-
-    auto = getattr(transformers, TASKS[task])
-    try:
-        with torch.device("meta"):
-            # Only for its class: the Auto classes take a name, and the tensors come from here, not from a name.
-            model_class = type(auto.from_config(_without_quantization(config)))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path} cannot be loaded as {task}: {_first_line(error)}") from None
+    # Only for its class: the Auto classes take a name, and the tensors come from here, not from a name.
+    model_class = type(skeleton(config, task, checkpoint.path))
     try:
         with collect_failures(checkpoint.failures):
             model, info = model_class.from_pretrained(
@@ -240,6 +233,26 @@ def _load(
     return model
 
 
+def skeleton(config: Any, task: str, path: Path) -> Any:
+    """The model that a config describes, unquantized and on the meta device: names and shapes, no bytes.
+
+    Args:
+        config: transformers'.
+        task: as for `load_model`.
+        path: where the config came from, for the message.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    import transformers
+
+    try:
+        with torch.device("meta"):
+            return getattr(transformers, TASKS[task]).from_config(without_quantization(config))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be loaded as {task}: {_first_line(error)}") from None
+
+
 def _read_generation_config(model: Any, path: Path) -> None:
     """The generation config beside the weights; transformers reads it only where it was given a name to load from."""
     from transformers import GenerationConfig
@@ -260,7 +273,8 @@ def _may_be_new(model: Any, name: str, task: str) -> bool:
     return "pooler" in name.split(".") or (hasattr(model, body) and not name.startswith(f"{body}."))
 
 
-def _without_quantization(config: Any) -> Any:
+def without_quantization(config: Any) -> Any:
+    """A copy of a config that does not say how its model is quantized."""
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config

@@ -123,17 +123,23 @@ class _Assemble(ConversionOps):
             if len(parts) == 1:
                 (key, dense), target = next(iter(parts.items())), model.get_parameter_or_buffer(full_layer_name)
                 if isinstance(dense, QuantizedTensor):  # an archive's, put together already
-                    _check_shape(model, full_layer_name, dense)
-                    return {key: nn.Parameter(dense, requires_grad=False)}
+                    return {key: _kept(model, full_layer_name, dense)}
                 if not dense.is_floating_point():
                     raise CheckpointError(
                         f"{full_layer_name} is stored as {dense.dtype} and nothing says how to decode it"
                     )
-                return {key: dense.to(target.dtype)}
+                return {key: _kept(model, full_layer_name, dense.to(target.dtype))}
             flat = {full_layer_name + key.removeprefix(attribute): value for key, value in parts.items()}
-            packed = unflatten(full_layer_name, flat)
-            _check_shape(model, full_layer_name, packed)
-            return {attribute: nn.Parameter(packed, requires_grad=False)}
+            return {attribute: _kept(model, full_layer_name, unflatten(full_layer_name, flat))}
+
+
+def _kept(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A stored tensor as transformers is to keep it: a packed one as a frozen parameter, or what the sink gives."""
+    _check_shape(model, name, tensor)
+    sink = _sink.get()
+    if sink is not None:
+        return sink(model, name, lambda: tensor)
+    return nn.Parameter(tensor, requires_grad=False) if isinstance(tensor, QuantizedTensor) else tensor
 
 
 @register_quantizer("halfbyte")

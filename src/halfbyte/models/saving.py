@@ -85,7 +85,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         mask = umask()
         for file in aside.rglob("*"):
             if file.is_file():
-                # safetensors and mkdtemp make what only their owner may open; a model is shared like any other file.
+                # safetensors makes what only its owner may open; a model is shared like any other file.
                 file.chmod(0o666 & ~mask)
                 sync(file)
         aside.chmod(0o777 & ~mask)
@@ -155,7 +155,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
         OutputError: see `check_output_file`; also when the disk fills up inside the block.
     """
     file = check_output_file(path).absolute()
-    made = _make_parents(file.parent)
+    made = make_parents(file.parent)
     aside = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)

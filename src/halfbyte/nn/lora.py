@@ -113,7 +113,7 @@ class _LoraLinears(torch.autograd.Function):
         weights: tuple[PackedWeight, ...],
         *tensors: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        cast = [None if tensor is None else tensor.to(x.dtype) for tensor in tensors]
+        cast: list[Any] = [None if tensor is None else tensor.to(x.dtype) for tensor in tensors]  # A and B are there
         biases, every_a, every_b = (cast[at::_PER_LAYER] for at in range(_PER_LAYER))
         a = every_a[0] if len(every_a) == 1 else torch.cat(every_a)
         branches = dropped.reshape(-1, x.shape[-1]) @ a.t()

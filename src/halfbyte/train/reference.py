@@ -63,12 +63,12 @@ def with_reference(
     if path.exists():
         with safe_open(path, "pt") as file:
             if file.metadata().get("rows") == digest:
-                found = {name: file.get_tensor(name).tolist() for name in names}
-                return concatenate_datasets([rows, Dataset.from_dict(found)], axis=1)
+                kept = {name: file.get_tensor(name).tolist() for name in names}
+                return concatenate_datasets([rows, Dataset.from_dict(kept)], axis=1)
     model = trainer.model
     was_training = model.training
     model.eval()
-    found = []
+    found: list[torch.Tensor] = []
     batches = DataLoader(rows, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
     with torch.no_grad(), trainer.accelerator.autocast():
         for batch in batches:

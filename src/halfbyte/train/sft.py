@@ -11,6 +11,7 @@ everything in it is complete. Until then its log and its checkpoints lie beside 
     tensorboard/           for `report_to: tensorboard`
     adapter_config.json    the adapter in peft's own format, with the base it belongs to;
     adapter_model.safetensors                                   or the whole model, for `method: full`
+    base.json              which base that is, by a hash
     config.json            of a classifier: the names of its classes, and the pad token it was trained with
     tokenizer files        with the chat template that the model was trained on
     summary.json           what it cost and what came out
@@ -387,9 +388,13 @@ def _cost_of(base: PreTrainedModel) -> dict[str, Any]:
 def _write(
     folder: Path, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, summary: dict[str, Any]
 ) -> None:
+    from halfbyte.models import resolve, write_base
+
     # peft's "auto" asks the hub whether the vocabulary has changed, and offline the run is lost at its end (peft#1452)
     options: dict[str, Any] = {} if recipe.method == "full" else {"save_embedding_layers": False}
     model.save_pretrained(folder, **options)
+    if recipe.method != "full":
+        write_base(folder, recipe.model_name_or_path, resolve(recipe.model_name_or_path))
     if recipe.method != "full" and TASKS[recipe.task].classifies:
         _write_config(folder, model)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card: a form with nothing filled in

@@ -177,7 +177,8 @@ class Ops(RowwiseOps):
         bias = None if bias is None else _ready(bias)
         adapters, first = (Lora * len(a))(), 0
         for i, one in enumerate(a):
-            adapters[i] = (one.data_ptr(), b[i].data_ptr(), len(one), first, rows[i], _DTYPES[one.dtype], scaling[i])
+            at_a, at_b = one.data_ptr(), b[i].data_ptr()
+            adapters[i] = Lora(at_a, at_b, len(one), first, rows[i], _DTYPES[one.dtype], scaling[i])
             first += rows[i]
         failed = self._linear_lora(
             torch.get_num_threads(),
