@@ -172,12 +172,16 @@ def test_full_fine_tuning_saves_a_larger_model(tiny_llama, recipe, tmp_path):
 
 
 def test_the_command_line_answers_with_them(tiny_llama, recipe, tmp_path):
-    from halfbyte.cli.generate import load_for_inference
+    from halfbyte.cli.answering import open_engine
+    from halfbyte.infer import SamplingParams
 
     train(recipe(tiny_llama), console=Console(file=io.StringIO()))
-    model, tokenizer = load_for_inference(str(tmp_path / "run"))
-    assert tokenizer("aqux")["input_ids"][-1] == 106
-    assert model.get_base_model().config.vocab_size == 108
+    with open_engine(str(tmp_path / "run"), {}) as engine:
+        assert engine.token_ids("aqux")[-1] == 106
+        assert engine.model.get_base_model().config.vocab_size == 108
+        assert engine.decoder == "transformers' own forward, because adapter run has trainable_token_indices"
+        (answer,) = engine.generate(["aqux"], SamplingParams(3, ignore_end=True), adapter=engine.adapters[0])
+        assert len(answer.choices) == 3
 
 
 def test_bad_requests(tiny_llama, recipe):

@@ -47,7 +47,7 @@ def test_a_metric_that_the_task_does_not_have_is_refused():
     with pytest.raises(RecipeError) as caught:
         make_recipe({**NEEDED, "eval_dataset": "e", "task": "classification", "eval_metric": "accuracy"})
     (told,) = caught.value.mistakes  # nothing is concluded from a task that is not offered
-    assert "task is 'classification', which is not offered; did you mean 'sequence-classification'?" in told
+    assert "task is 'classification', which is not offered; did you mean 'token-classification'?" in told
 
 
 def test_paths_are_relative_to_the_file_and_overrides_to_the_current_directory(tmp_path, monkeypatch):

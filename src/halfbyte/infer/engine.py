@@ -16,7 +16,7 @@ import torch
 
 from halfbyte.data import Message, Renderer
 from halfbyte.errors import CheckpointError, RequestError, nearest
-from halfbyte.infer.network import NotCoveredError, branches, make_network
+from halfbyte.infer.network import NotCoveredError, branches, check_covered, make_network
 from halfbyte.infer.requests import Adapters, Completion, Event, Handle, Request, normalize_adapters
 from halfbyte.infer.sampling import SamplingParams
 from halfbyte.infer.scheduler import Scheduler, Statistics
@@ -122,6 +122,7 @@ class Engine:
         try:
             if self.model.device.type != "cpu":
                 raise NotCoveredError(f"it is on {self.model.device}")
+            check_covered(self.model)
             self._branches = {name: branches(self.model, name, self._dtype) for name in self._names}
             network = make_network(self.model, self.max_length, self._dtype)
         except NotCoveredError as reason:

@@ -34,6 +34,13 @@ class NotCoveredError(HalfbyteError):
     """The decoder does not run this model; the message is a reason, a sentence fragment."""
 
 
+def check_covered(model: Any) -> None:
+    """Raise `NotCoveredError` with the reason where the decoder does not know the model's class."""
+    name = type(_base(model)).__name__
+    if name not in _FAMILY:
+        raise NotCoveredError(f"{name} is not of the Llama family")
+
+
 def make_network(model: Any, positions: int, dtype: torch.dtype) -> Network:
     """The network of a transformers causal language model, sharing its packed weights.
 
@@ -45,11 +52,9 @@ def make_network(model: Any, positions: int, dtype: torch.dtype) -> Network:
     Raises:
         NotCoveredError: why the decoder does not run it.
     """
+    check_covered(model)
     base = _base(model)
-    config = base.config
-    name = type(base).__name__
-    if name not in _FAMILY:
-        raise NotCoveredError(f"{name} is not of the Llama family")
+    config, name = base.config, type(base).__name__
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in _ACTIVATIONS:
         raise NotCoveredError(f"its activation {activation!r} is none of: {', '.join(_ACTIVATIONS)}")

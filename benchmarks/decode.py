@@ -1,0 +1,304 @@
+"""Answering with a whole model, beside llama.cpp, bitsandbytes and dense bfloat16 through transformers, in one run.
+
+    python benchmarks/decode.py [--rounds 3] [--layers 6] [--peers llama.cpp,bitsandbytes,dense]
+
+The model is a Llama of 399 M parameters with random weights (hidden 2048, ffn 5632, 6 layers, 32 heads, 4 kv heads,
+vocabulary 32,000). halfbyte runs it in NF4 with double quantization, the output layer included, as llama.cpp's Q4_0
+file has it, which `halfbyte export` writes. Contenders are processes of their own and take turns. halfbyte's times
+are those of the engine with its scheduler, sampling and text; llama.cpp's those of its evaluation alone.
+
+Before anything is timed, halfbyte's tokens are compared with those of the same weights in transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from _assets import assets, finish, table
+
+PROMPT = 16  # tokens before those that are timed
+DECODED = 32
+PEERS = {"llama.cpp": "llama_cpp", "bitsandbytes": "bitsandbytes", "dense": "torch"}
+BATCHES = (1, 2, 4, 8, 16, 32)
+PREFILLS = (16, 128, 512, 2000)
+
+
+def write_model(folder: Path, layers: int) -> None:
+    """The random base in bfloat16, with the first 32,000 entries of GPT-2's tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32_000,
+        max_position_embeddings=4096,
+        bos_token_id=31_999,
+        eos_token_id=31_999,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    source = assets() / "tokenizers" / "gpt2"
+    every = sorted(json.loads((source / "encoder.json").read_text()).items(), key=lambda item: item[1])
+    vocabulary = dict(every[:31_999])
+    lines = (source / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [tuple(line.split()) for line in lines if line.strip()]
+    merges = [pair for pair in merges if "".join(pair) in vocabulary]
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+
+
+def write_adapter(folder: Path, base: Path) -> None:
+    """A random adapter of rank 16 on all projections."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    import halfbyte as hb
+
+    model = get_peft_model(hb.load_model(base), LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Token ids that no cache has seen."""
+    import random
+
+    draw = random.Random((seed, length).__hash__())
+    return [draw.randrange(1000, 31_000) for _ in range(length)]
+
+
+Work = Callable[[str, int], float]
+
+
+def halfbyte_work(folder: Path) -> Work:
+    """Seconds of one kind of work in the engine: decode BATCH, adapter 1, prefill LENGTH."""
+    import halfbyte as hb
+    from halfbyte.infer import SamplingParams
+
+    engine = hb.Engine(
+        folder / "model.nf4dq",
+        {"adapter": folder / "adapter"},
+        slots=max(BATCHES),
+        quantize_head=True,
+        dtype="bfloat16",
+        max_length=2100,
+    )
+    seeds = iter(range(1 << 30))
+
+    def run(kind: str, size: int) -> float:
+        statistics = engine.statistics
+        if kind == "prefill":
+            handle = engine.submit(prompt(size, next(seeds)), SamplingParams(1, ignore_end=True))
+            return handle.result().seconds
+        params = SamplingParams(DECODED, ignore_end=True)
+        adapter = "adapter" if kind == "adapter" else None
+        before = dict(statistics.seconds)
+        handles = [engine.submit(prompt(PROMPT, next(seeds)), params, adapter=adapter) for _ in range(size)]
+        for handle in handles:
+            handle.result()
+        return sum(statistics.seconds[part] - before[part] for part in ("step", "sampling"))
+
+    return run
+
+
+def llama_cpp_work(folder: Path) -> Work:
+    """The same in llama.cpp, Q4_0; one sequence at a time."""
+    from llama_cpp import Llama
+
+    llama = Llama(str(folder / "model.gguf"), n_ctx=2100, n_batch=512, n_threads=2, n_threads_batch=2, verbose=False)
+    seeds = iter(range(1 << 30))
+
+    def run(kind: str, size: int) -> float:
+        llama.reset()
+        if kind == "prefill":
+            began = time.perf_counter()
+            llama.eval(prompt(size, next(seeds)))
+            return time.perf_counter() - began
+        llama.eval(prompt(PROMPT, next(seeds)))
+        began = time.perf_counter()
+        for token in prompt(DECODED):
+            llama.eval([token])
+        return time.perf_counter() - began
+
+    return run
+
+
+def transformers_work(folder: Path, quantized: bool) -> Work:
+    """The same through transformers' generate, in bitsandbytes' 4 bits or in dense bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "dense", quantization_config=config if quantized else None, dtype=torch.bfloat16
+    ).eval()
+    seeds = iter(range(1 << 30))
+    few = 8  # tokens: a fraction of what the others write, since each takes long
+
+    def run(kind: str, size: int) -> float:
+        with torch.inference_mode():
+            ids = torch.tensor([prompt(size if kind == "prefill" else PROMPT, next(seeds))])
+            if kind == "prefill":
+                began = time.perf_counter()
+                model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+                return time.perf_counter() - began
+            ids, took = ids.repeat(size, 1), []
+            for count in (1, 1 + few):
+                began = time.perf_counter()
+                model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+                took.append(time.perf_counter() - began)
+            return (took[1] - took[0]) * DECODED / few
+
+    return run
+
+
+def contend(contender: str, folder: Path) -> None:
+    """A contender's process: one line of work on standard input, its seconds on standard output."""
+    if contender == "halfbyte":
+        work = halfbyte_work(folder)
+    elif contender == "llama.cpp":
+        work = llama_cpp_work(folder)
+    else:
+        work = transformers_work(folder, contender == "bitsandbytes")
+    print("ready", flush=True)
+    for line in sys.stdin:
+        kind, size = line.split()
+        print(work(kind, int(size)), flush=True)
+
+
+def check(folder: Path) -> None:
+    """Greedy tokens of the archive equal those of transformers in float32.
+
+    Random weights make near-ties likely, so short answers are compared.
+    """
+    import torch
+
+    import halfbyte as hb
+    from halfbyte.infer import SamplingParams
+
+    model = hb.load_model(folder / "model.nf4dq", dtype=torch.float32)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.float32
+    with hb.Engine(model, dtype="float32", max_length=64) as engine:
+        ids = prompt(PROMPT)
+        (answer,) = engine.generate([ids], SamplingParams(8, ignore_end=True))
+    wanted = model.generate(torch.tensor([ids]), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert [choice.token for choice in answer.choices] == wanted[0, PROMPT:].tolist(), "tokens differ"
+
+
+def start(contender: str, folder: Path) -> subprocess.Popen[str]:
+    """A contender's process, ready."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "ACTIVE"}
+    arguments = [sys.executable, __file__, "--contend", contender, "--folder", str(folder)]
+    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    while process.stdout.readline().strip() != "ready":
+        assert process.poll() is None, f"{contender} failed"
+    return process
+
+
+def ask(process: subprocess.Popen[str], kind: str, size: int) -> float:
+    """Seconds of one piece of work."""
+    assert process.stdin is not None and process.stdout is not None
+    print(kind, size, file=process.stdin, flush=True)
+    return float(process.stdout.readline())
+
+
+def measure(folder: Path, contenders: Sequence[str], rounds: int) -> dict[str, dict[str, float]]:
+    """The best seconds of each piece of work by contender; processes that wait are stopped, so that none spins."""
+    import signal
+
+    processes = {}
+    for contender in contenders:
+        processes[contender] = start(contender, folder)
+        processes[contender].send_signal(signal.SIGSTOP)
+    works = [("decode", batch) for batch in BATCHES] + [("adapter", 1)] + [("prefill", size) for size in PREFILLS]
+    best: dict[str, dict[str, float]] = {contender: {} for contender in contenders}
+    for _ in range(rounds):
+        for kind, size in works:
+            for contender, process in processes.items():
+                if contender != "halfbyte" and (kind == "adapter" or (kind == "decode" and size > 1)):
+                    continue
+                if contender in ("bitsandbytes", "dense") and size > 512:
+                    continue
+                process.send_signal(signal.SIGCONT)
+                took = ask(process, kind, size)
+                process.send_signal(signal.SIGSTOP)
+                name = f"{kind} {size}"
+                best[contender][name] = min(best[contender].get(name, float("inf")), took)
+    for process in processes.values():
+        process.kill()
+    return best
+
+
+def main() -> None:
+    """Make the files, check, measure, print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--contend")
+    parser.add_argument("--folder", type=Path)
+    options = parser.parse_args()
+    if options.contend:
+        return contend(options.contend, options.folder)
+    import halfbyte as hb
+    from halfbyte.models import quantize_to_archive
+    from halfbyte.models.gguf import export_gguf
+
+    peers = [peer for peer in options.peers.split(",") if peer]
+    missing = [peer for peer in peers if find_spec(PEERS[peer]) is None]
+    for peer in missing:
+        print(f"{peer} is left out: {PEERS[peer]} is not installed")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "dense", options.layers)
+        quantize_to_archive(folder / "dense", folder / "model.nf4dq", hb.HalfbyteConfig(compute_dtype="bfloat16"))
+        write_adapter(folder / "adapter", folder / "model.nf4dq")
+        check(folder)
+        if "llama.cpp" in peers and "llama.cpp" not in missing:
+            export_gguf(folder / "dense", folder / "model.gguf", "q4_0")
+        contenders = ["halfbyte", *(peer for peer in peers if peer not in missing)]
+        best = measure(folder, contenders, options.rounds)
+    rows, rates = [], {}
+    for work in best["halfbyte"]:
+        kind, size = work.split()[0], int(work.split()[1])
+        tokens = size if kind == "prefill" else size * DECODED
+        rates[work] = {contender: tokens / times[work] for contender, times in best.items() if work in times}
+        cells = [f"{rates[work][contender]:.1f}" if contender in rates[work] else "" for contender in contenders]
+        ratios = [
+            f"{rates[work]['halfbyte'] / rates[work][peer]:.2f}" if peer in rates[work] else ""
+            for peer in contenders[1:]
+        ]
+        rows.append([work, *cells, *ratios])
+    print(table(["work", *(f"{c} tokens/s" for c in contenders), *(f"x {peer}" for peer in contenders[1:])], rows))
+    finish("decode", {"tokens_per_second": rates})
+
+
+if __name__ == "__main__":
+    main()
