@@ -153,9 +153,7 @@ def accuracies(results: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def standard_error(first: Sequence[float], second: Sequence[float]) -> float:
-    """Of the difference of two means over seeds; not a number where a spread cannot be told."""
-    if min(len(first), len(second)) < 2:
-        return math.nan
+    """Of the difference of two means, each over at least two seeds."""
     return math.sqrt(statistics.variance(first) / len(first) + statistics.variance(second) / len(second))
 
 
@@ -173,7 +171,8 @@ def report(jobs: Sequence[Job], runs: dict[Job, dict[str, Any]]) -> dict[str, An
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         losses = [one["after"]["eval_loss"] for one in found]
         less = f"{statistics.mean(values) - statistics.mean(best):+.2f}" if best else ""
-        error = f"{standard_error(values, best):.2f}" if best and values is not best else ""
+        compared = best and values is not best and min(len(values), len(best)) > 1
+        error = f"{standard_error(values, best):.2f}" if compared else ""
         rows.append(
             [
                 name,
