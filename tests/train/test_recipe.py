@@ -134,6 +134,7 @@ def test_data_keys_that_are_wrong_are_one_sentence(key, value, expected):
     [
         ({"eval_split": 0.1, "eval_dataset": "e"}, "eval_dataset and eval_split are both set"),
         ({"packing": True, "task": "sequence-classification"}, "packing is true but task is 'sequence-classification'"),
+        ({"group_by_length": True, "task": "preference"}, "group_by_length is true but task is 'preference'"),
     ],
 )
 def test_data_keys_that_do_not_go_together(keys, expected):

@@ -102,6 +102,8 @@ CASES = [
     {"method": "qlora", "task": "sequence-classification"},
     {"method": "full", "task": "sequence-classification", "learning_rate": 1e-3, "seed": 0},
     {"method": "qlora", "task": "preference"},
+    {"method": "lora", "group_by_length": True},
+    {"method": "lora", "task": "sequence-classification", "group_by_length": True},
     {"method": "lora", "adapter_dtype": "nf4", "adapter_error_feedback": True, "loraplus_lr_ratio": 8},
 ]
 

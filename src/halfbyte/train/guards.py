@@ -30,6 +30,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from halfbyte.errors import NonFiniteError
 from halfbyte.train.optimizers import library_options, make_optimizer
 from halfbyte.train.resume import Resumable
+from halfbyte.train.sampling import ByLength
 from halfbyte.train.state import generators, set_generators
 
 if TYPE_CHECKING:
@@ -76,6 +77,13 @@ class Guards(Resumable):
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.recipe, chosen, self.get_decay_parameter_names(chosen))
         return super().create_optimizer(model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        if not self.recipe.group_by_length:
+            return super()._get_train_sampler(rows)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return ByLength(batch, [len(ids) for ids in rows["input_ids"]], self.recipe.seed)
 
     def compute_loss(
         self,

@@ -94,6 +94,7 @@ class Recipe(BaseModel):
     label_names: tuple[str, ...] = Field(
         (), description="names of the classes, by number where labels are integers; []: those of the training data"
     )
+    group_by_length: bool = Field(False, description="rows of a batch about equally long: less padding, less chance")
     dpo_beta: float = Field(
         0.1, gt=0, description="preference and kto: how dear it is to move away from the model at the start"
     )
@@ -355,6 +356,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
                 found.append(f"{key} is {values[key]!r} but eval_dataset is not set; name the file to measure on.")
     if values.get("packing") and task != "causal-lm":
         found.append(f"packing is true but task is {task!r}; only causal-lm rows can be packed.")
+    if values.get("group_by_length") and task == "preference":
+        found.append("group_by_length is true but task is 'preference', whose rows are two answers; leave it out.")
     return found
 
 
