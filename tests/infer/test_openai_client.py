@@ -9,9 +9,12 @@ import time
 import pytest
 import torch
 
-openai = pytest.importorskip("openai", reason="the extra `test` is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+pytest.importorskip("openai", reason="the extra `test` is not installed")
+pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+
+import openai
+import uvicorn
 
 import halfbyte as hb
 from halfbyte.infer import Engine, SamplingParams
@@ -20,6 +23,7 @@ from halfbyte.models import HalfbyteConfig
 
 FLOAT32 = HalfbyteConfig(block_size=32, compute_dtype=torch.float32)
 KEY = "secret"
+PATIENCE = 120  # seconds; nothing here takes one, unless the machine is busy with something else
 MESSAGES = [{"role": "user", "content": "abc"}]
 
 
@@ -56,19 +60,19 @@ def address(engine):
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while not server.started:
             assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
             time.sleep(0.01)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
 def client(address):
-    with openai.OpenAI(base_url=address, api_key=KEY, max_retries=0, timeout=30) as client:
+    with openai.OpenAI(base_url=address, api_key=KEY, max_retries=0, timeout=PATIENCE) as client:
         yield client
 
 
@@ -212,12 +216,12 @@ def test_a_full_queue(client, engine):
 
     def hold():
         begun.set()
-        release.wait(30)
+        release.wait(PATIENCE)
 
     busy = threading.Thread(target=engine._scheduler.between_steps, args=(hold,))
     busy.start()
     try:
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE)
         with pytest.raises(openai.RateLimitError) as caught:
             client.completions.create(model="tiny", prompt="abc", n=20)
         assert caught.value.code == "rate_limit_exceeded"
@@ -238,9 +242,9 @@ def test_the_clients_own_retry_gets_through_once_there_is_room(address, engine):
     busy = threading.Thread(target=engine._scheduler.between_steps, args=(hold,))
     busy.start()
     try:
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE)
         waiting = [engine.submit("abc", SamplingParams(max_tokens=1)) for _ in range(8)]
-        with openai.OpenAI(base_url=address, api_key=KEY, max_retries=3, timeout=30) as client:
+        with openai.OpenAI(base_url=address, api_key=KEY, max_retries=3, timeout=PATIENCE) as client:
             raw = client.completions.with_raw_response.create(model="tiny", prompt="abc", max_tokens=2, temperature=0)
         assert raw.retries_taken > 0
         assert raw.parse().usage.completion_tokens <= 2
@@ -266,5 +270,5 @@ def test_many_threads_share_a_client(client, engine):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE)
     assert [found.get(index) for index in range(len(prompts))] == wanted

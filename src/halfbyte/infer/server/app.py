@@ -28,7 +28,7 @@ from halfbyte.infer.requests import Event, Handle
 from halfbyte.infer.sampling import Choice, SamplingParams
 from halfbyte.infer.server import replies
 from halfbyte.infer.server.metrics import Metrics
-from halfbyte.infer.server.schemas import ChatRequest, CompletionRequest
+from halfbyte.infer.server.schemas import ChatRequest, CompletionRequest, ErrorReply
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 _WATCH = 0.5  # seconds between two looks whether a client that is waiting for a whole answer is still there
@@ -128,7 +128,12 @@ def make_app(engine: Engine, name: str, *, api_key: str | None = None, limits: L
         yield
         await asyncio.to_thread(engine.close)
 
-    app = FastAPI(title="halfbyte", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # "4XX" and not each status: FastAPI would otherwise promise its own 422, which nothing here answers with.
+    refusals: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": ErrorReply, "description": "What is wrong with the request, or 429: come again."},
+        504: {"model": ErrorReply, "description": "The answer took longer than allowed."},
+    }
+    app = FastAPI(title="halfbyte", lifespan=lifespan, docs_url=None, redoc_url=None, responses=refusals)
     app.add_middleware(_Gate, api_key=api_key, limits=service.limits, metrics=service.metrics)
     app.state.engine = engine
     _add_error_handlers(app)
