@@ -217,7 +217,7 @@ class _Service:
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             stream = _stream(answers, shape, request, with_usage)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return _Streamed(stream, answers)
         texts: list[list[str]] = [[] for _ in answers.handles]
         tokens: list[list[Choice]] = [[] for _ in answers.handles]
         finishes = ["cancelled"] * len(answers.handles)
@@ -230,6 +230,20 @@ class _Service:
             answers.cancel()
         whole = [("".join(text), row, finish) for text, row, finish in zip(texts, tokens, finishes, strict=True)]
         return JSONResponse(shape.whole(whole, answers.usage()))
+
+
+class _Streamed(StreamingResponse):
+    """Cancels its answers however it ends; a generator could not where the client leaves before its first event."""
+
+    def __init__(self, stream: AsyncIterator[str], answers: _Answers) -> None:
+        super().__init__(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._answers = answers
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.cancel()
 
 
 async def _stream(answers: _Answers, shape: replies.Shape, request: Request, usage: bool) -> AsyncIterator[str]:
@@ -246,8 +260,6 @@ async def _stream(answers: _Answers, shape: replies.Shape, request: Request, usa
         yield "data: [DONE]\n\n"
     except HalfbyteError as error:
         yield _event(replies.error(str(error), "server_error"))
-    finally:
-        answers.cancel()
 
 
 def _event(value: dict[str, Any]) -> str:
