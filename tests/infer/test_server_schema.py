@@ -63,8 +63,8 @@ def test_never_a_500(app, operations, key, mode):
     from starlette.testclient import TestClient
 
     operation, client = operations[key], TestClient(app)
-    if mode is GenerationMode.NEGATIVE and "{" not in key[1] and key[0] == "GET":
-        pytest.skip("it takes no parameters that could be wrong")
+    if mode is GenerationMode.NEGATIVE and key[0] == "GET":
+        pytest.skip("it takes no parameters that could be wrong: any path is some model's name")
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(case=operation.as_strategy(mode), known=st.booleans())
