@@ -12,6 +12,7 @@ import halfbyte as hb
 from halfbyte.errors import BusyError, CheckpointError, RequestError
 from halfbyte.infer import Engine, SamplingParams
 from halfbyte.infer.requests import _possible_stop
+from halfbyte.infer.sampling import Sampler
 from halfbyte.models import HalfbyteConfig
 
 FLOAT32 = HalfbyteConfig(block_size=32, compute_dtype=torch.float32)
@@ -446,3 +447,21 @@ def test_an_adapter_folder_that_is_none(folder, adapters, tmp_path):
         with pytest.raises(CheckpointError, match="damaged"):
             engine.add_adapter("one", tmp_path)
         assert engine.adapters == []
+
+
+def test_an_answer_that_cannot_be_chosen_fails_alone(folder, monkeypatch):
+    choose = Sampler.choose
+
+    def choose_or_fail(self, logits):
+        if self.params.seed == 13:
+            raise RuntimeError("probability tensor contains nan")
+        return choose(self, logits)
+
+    monkeypatch.setattr(Sampler, "choose", choose_or_fail)
+    with Engine(folder("llama"), quantization=FLOAT32, dtype="float32", slots=2) as engine:
+        (wanted,) = engine.generate(["bcdefgh"], GREEDY)
+        ill = engine.submit("a", SamplingParams(max_tokens=16, seed=13))
+        well = engine.submit("bcdefgh", GREEDY)
+        with pytest.raises(RuntimeError, match="contains nan"):
+            ill.result()
+        assert well.result().text == wanted.text

@@ -178,9 +178,25 @@ def test_an_answer_that_takes_too_long_is_cut_off(engine):
     assert "[DONE]" not in stream
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_slot(engine, monkeypatch, stream):
-    """It closes the connection after the first event, or while it waits for the whole answer."""
+@pytest.mark.parametrize(
+    "change", [{"temperature": 1e-300}, {"temperature": 1, "repetition_penalty": 1e-300}, {"temperature": 1e-38}]
+)
+def test_extreme_parameters_are_answered(client, change):
+    """Divided by them, logits leave float32's range."""
+    response = client.post("/v1/completions", json={**BODY, "seed": 1, **change})
+    assert response.status_code == 200
+    assert response.json()["usage"]["completion_tokens"] > 0
+
+
+def test_half_a_surrogate_pair_in_an_unknown_key_is_refused(client):
+    body = {**CHAT, "messages": [{"role": "user", "content": "a", "\ud800": 1}]}
+    response = client.post("/v1/chat/completions", content=json.dumps(body), headers=JSON)
+    assert response.status_code == 400
+
+
+@pytest.mark.parametrize(("stream", "early"), [(True, False), (True, True), (False, False)])
+def test_a_client_that_leaves_frees_its_slot(engine, monkeypatch, stream, early):
+    """It closes the connection after the first event, before it, or while it waits for the whole answer."""
     app, decode, left = make_app(engine, "tiny"), engine._scheduler._decode, asyncio.Event()
 
     def slowly(*arguments):
@@ -194,7 +210,7 @@ def test_a_client_that_leaves_frees_its_slot(engine, monkeypatch, stream):
     async def receive():
         if inbox:
             return inbox.pop()
-        if stream:
+        if stream and not early:
             await left.wait()
         return {"type": "http.disconnect"}
 
@@ -215,4 +231,5 @@ def test_a_client_that_leaves_frees_its_slot(engine, monkeypatch, stream):
     asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
     while engine.running:
         time.sleep(0.01)
-    assert 0 < engine.statistics.written_tokens - before < 45
+    assert early or engine.statistics.written_tokens > before
+    assert engine.statistics.written_tokens - before < 45

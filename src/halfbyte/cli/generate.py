@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from halfbyte.cli.answering import named_adapters, open_engine
+
+if TYPE_CHECKING:
+    from halfbyte.infer import Engine, SamplingParams
 
 
 # budget: each option of the command is a parameter, that is how typer reads them
@@ -25,13 +28,56 @@ def generate(
     quantize_head: Annotated[
         bool, typer.Option(help="Quantize the output layer too: faster, not the same numbers.")
     ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Say what the run cost, on standard error.")] = False,
+    report_against: Annotated[
+        str | None,
+        typer.Option(help="The model before quantization: report its run too, and how far the logits are from its."),
+    ] = None,
 ) -> None:
     """Answer prompts with a model."""
     from halfbyte.infer import SamplingParams
+    from halfbyte.infer.report import resident
 
     params = SamplingParams(max_new_tokens, temperature, top_p=top_p, seed=seed, stop=tuple(stop or ()))
+    before = resident()
     with open_engine(model, named_adapters(adapter or ()), quantize_head=quantize_head) as engine:
         conversations = [[{"role": "user", "content": text}] for text in prompt]
         mix = dict.fromkeys(engine.adapters, 1.0)
+        if report or report_against is not None:
+            _report(engine, conversations, params, mix, before, report_against)
+            return
         for answer in engine.generate(conversations, params, adapter=mix):
             typer.echo(answer.text)
+
+
+def _report(
+    engine: Engine,
+    conversations: list[Any],
+    params: SamplingParams,
+    mix: dict[str, float],
+    before: int | None,
+    against: str | None,
+) -> None:
+    """Answer, and say what it cost; the original, without the adapters, answers the same prompts."""
+    import torch
+
+    from halfbyte.infer import Engine
+    from halfbyte.infer.report import distance, measure, render, resident
+    from halfbyte.models import load_model
+
+    answers, run = measure(engine, conversations, params, mix, before=before)
+    for answer in answers:
+        typer.echo(answer.text)
+    runs, apart = {"this model": run}, None
+    if against is not None:
+        texts = [
+            [*engine.token_ids(prompt), *(choice.token for choice in answer.choices[:-1])]
+            for prompt, answer in zip(conversations, answers, strict=True)
+        ]
+        ours = [engine.logits(text) for text in texts]
+        start = resident()
+        dense = load_model(against, dtype=torch.bfloat16)
+        with Engine(dense, tokenizer=engine.tokenizer, dtype="bfloat16") as original:
+            _, runs["16 bits"] = measure(original, conversations, params, before=start)
+            apart = distance(ours, [original.logits(text) for text in texts])
+    typer.echo(render(runs, apart), err=True)

@@ -6,6 +6,7 @@ products have many rows. Every other model runs through transformers' own forwar
 
 from __future__ import annotations
 
+import copy
 import queue
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -336,6 +337,29 @@ class Engine:
     def statistics(self) -> Statistics:
         """Counts since the engine began."""
         return self._scheduler.statistics
+
+    def snapshot(self) -> Statistics:
+        """A copy of the counts, taken between two steps, so that they belong together."""
+        counts: Statistics = self._scheduler.between_steps(lambda: copy.deepcopy(self.statistics))
+        return counts
+
+    def logits(self, prompt: Prompt, *, adapter: str | Mapping[str, float] | None = None) -> torch.Tensor:
+        """What the model finds likely after each token of a prompt, computed as in decoding.
+
+        Returns:
+            float32 [tokens, vocabulary].
+
+        Raises:
+            BusyError: every slot is answering.
+            RequestError: an unknown adapter, or a prompt that is empty or too long.
+        """
+        mix = normalize_adapters(adapter)
+        self._known(mix)
+        ids = self.token_ids(prompt)
+        if not 1 <= len(ids) <= self.max_length:
+            raise RequestError(f"the prompt has {len(ids)} tokens; it may have 1 to {self.max_length}.")
+        rows: torch.Tensor = self._scheduler.between_steps(lambda: self._scheduler.logits(ids, mix))
+        return rows
 
     @property
     def waiting(self) -> int:

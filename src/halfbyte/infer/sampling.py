@@ -12,6 +12,9 @@ import torch
 
 from halfbyte.errors import RequestError
 
+_GREEDY_BELOW = 1e-5  # of temperatures; logits divided by less may leave float32's range
+_LARGEST = 1e30  # of penalized logits, for the same reason
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -19,7 +22,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: of the answer.
-        temperature: 0 takes the likeliest token each time (greedy).
+        temperature: 0 takes the likeliest token each time (greedy), and so does less than 0.00001.
         top_k: choose among so many of the likeliest; 0: among all.
         top_p: choose among the likeliest that together have this probability.
         min_p: drop tokens below this share of the likeliest one's probability.
@@ -87,7 +90,7 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
         self.params = params
         self._generator: torch.Generator | None = None
-        if params.temperature > 0:
+        if params.temperature >= _GREEDY_BELOW:
             self._generator = torch.Generator()
             if params.seed is None:
                 self._generator.seed()
@@ -112,7 +115,8 @@ class Sampler:
             seen = torch.tensor(self._seen)
             penalized = logits[seen]
             penalty = params.repetition_penalty
-            logits = logits.index_copy(0, seen, torch.where(penalized > 0, penalized / penalty, penalized * penalty))
+            penalized = torch.where(penalized > 0, penalized / penalty, penalized * penalty)
+            logits = logits.index_copy(0, seen, penalized.clamp(-_LARGEST, _LARGEST))
         if self._generator is None:
             return int(logits.argmax())
         logits = logits / params.temperature

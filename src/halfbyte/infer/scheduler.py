@@ -154,6 +154,27 @@ class Scheduler:
             if any(adapter == name for adapter, _ in slot.adapters):
                 slot.tokens = []
 
+    def logits(self, tokens: list[int], adapters: Adapters) -> torch.Tensor:
+        """Logits [tokens, vocabulary] after each token; to be called between steps.
+
+        Raises:
+            BusyError: no slot is free.
+        """
+        slot = next((slot for slot in self._slots if slot.request is None), None)
+        if slot is None:
+            raise BusyError("every slot is answering a request; try again later.")
+        slot.tokens = []  # what it held is overwritten
+        found = []
+        for begin in range(0, len(tokens), STEP_ROWS):
+            chunk = tokens[begin : begin + STEP_ROWS]
+            positions = list(range(begin, begin + len(chunk)))
+            mixes = [self._numbers(adapters)] * len(chunk) if adapters else None
+            with torch.inference_mode():
+                rows = self._decode(chunk, [slot.number] * len(chunk), positions, mixes, True)
+            assert rows is not None
+            found.append(rows.float().clone())
+        return torch.cat(found)
+
     def close(self) -> None:
         """End all requests as cancelled and stop the thread."""
         with self._changed:
@@ -283,7 +304,12 @@ class Scheduler:
         computed = time.monotonic()
         row = 0
         for slot, draft in zip(slots, drafts, strict=False):
-            self._take(slot, tokens[row], draft, logits[row : row + 1 + len(draft)])
+            try:
+                self._take(slot, tokens[row], draft, logits[row : row + 1 + len(draft)])
+            except Exception as error:  # logits that are no numbers, say; the others' are their own
+                if slot.request is not None:
+                    slot.request.fail(error)
+                slot.request, slot.tokens = None, []
             row += 1 + len(draft)
         self.statistics.steps += 1
         self.statistics.seconds["step"] += computed - started

@@ -28,7 +28,7 @@ from halfbyte.infer.requests import Event, Handle
 from halfbyte.infer.sampling import Choice, SamplingParams
 from halfbyte.infer.server import replies
 from halfbyte.infer.server.metrics import Metrics
-from halfbyte.infer.server.schemas import ChatRequest, CompletionRequest
+from halfbyte.infer.server.schemas import ChatRequest, CompletionRequest, ErrorReply
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 _WATCH = 0.5  # seconds between two looks whether a client that is waiting for a whole answer is still there
@@ -128,7 +128,12 @@ def make_app(engine: Engine, name: str, *, api_key: str | None = None, limits: L
         yield
         await asyncio.to_thread(engine.close)
 
-    app = FastAPI(title="halfbyte", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # "4XX" and not each status: FastAPI would otherwise promise its own 422, which nothing here answers with.
+    refusals: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": ErrorReply, "description": "What is wrong with the request, or 429: come again."},
+        504: {"model": ErrorReply, "description": "The answer took longer than allowed."},
+    }
+    app = FastAPI(title="halfbyte", lifespan=lifespan, docs_url=None, redoc_url=None, responses=refusals)
     app.add_middleware(_Gate, api_key=api_key, limits=service.limits, metrics=service.metrics)
     app.state.engine = engine
     _add_error_handlers(app)
@@ -212,7 +217,7 @@ class _Service:
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             stream = _stream(answers, shape, request, with_usage)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return _Streamed(stream, answers)
         texts: list[list[str]] = [[] for _ in answers.handles]
         tokens: list[list[Choice]] = [[] for _ in answers.handles]
         finishes = ["cancelled"] * len(answers.handles)
@@ -225,6 +230,20 @@ class _Service:
             answers.cancel()
         whole = [("".join(text), row, finish) for text, row, finish in zip(texts, tokens, finishes, strict=True)]
         return JSONResponse(shape.whole(whole, answers.usage()))
+
+
+class _Streamed(StreamingResponse):
+    """Cancels its answers however it ends; a generator could not where the client leaves before its first event."""
+
+    def __init__(self, stream: AsyncIterator[str], answers: _Answers) -> None:
+        super().__init__(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._answers = answers
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.cancel()
 
 
 async def _stream(answers: _Answers, shape: replies.Shape, request: Request, usage: bool) -> AsyncIterator[str]:
@@ -241,8 +260,6 @@ async def _stream(answers: _Answers, shape: replies.Shape, request: Request, usa
         yield "data: [DONE]\n\n"
     except HalfbyteError as error:
         yield _event(replies.error(str(error), "server_error"))
-    finally:
-        answers.cancel()
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -100,5 +100,6 @@ def usage(prompt: int, cached: int, written: int) -> dict[str, Any]:
 
 
 def error(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
+    """An error as OpenAI's clients expect it; half of a surrogate pair that it quotes becomes a question mark."""
+    message = message.encode(errors="replace").decode()
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
