@@ -3,7 +3,8 @@
 * float32 state equals torch's fused AdamW to the bit, on tensors that fill its vectors; in a ragged tail torch rounds
   twice where it rounds once elsewhere, and there the difference is a rounding.
 * 8-bit state equals bitsandbytes' to the bit when bitsandbytes takes the nearest code. Its native CPU quantizer takes
-  the code nearest to one of 65,536 grid points instead: `test_native_grid` bounds what that does to a single step.
+  the code nearest to one of 65,536 grid points instead: `test_native_grid` bounds what that does to a single step,
+  `test_200_steps_of_bitsandbytes_as_it_comes` what it does in two hundred.
 * Parameters of 8-bit steps differ by roundings: bitsandbytes' square root comes from a vector library that is not
   correctly rounded, and it divides where we multiply by a reciprocal.
 """
@@ -148,6 +149,108 @@ def test_native_grid():
     zero = ours[0].grad == 0
     assert (MOMENT1_8BIT.table()[mine["state1"].long()][zero] == 0).all()
     assert (MOMENT1_8BIT.table()[other["state1"].long()][zero] > 2e-5).all()
+
+
+def grid_quantize(x, code, absmax, out, block):
+    """bitsandbytes' native CPU code: x / absmax goes to one of 65,536 grid points, and that to its nearest code.
+
+    A grid point that lies in the middle of two codes gets the lower one.
+    """
+    blocks = x.reshape(-1, block)
+    scales = blocks.abs().amax(1)
+    unit = blocks * (1 / scales.clamp(min=torch.finfo().tiny)).unsqueeze(1)
+    point = ((unit + 1) * 0.5 * 65535 + 0.5).int()
+    middles = 0.5 * (code[:-1] + code[1:])
+    codes = torch.searchsorted(middles, -1 + (2.0 * point) / 65535).to(torch.uint8)
+    out.copy_(codes.masked_fill((scales == 0).unsqueeze(1), 0).view(out.shape))
+    absmax.copy_(scales)
+
+
+def test_only_the_grid_differs_in_200_steps_of_bitsandbytes(monkeypatch):
+    """bitsandbytes as it comes is bitsandbytes with `grid_quantize`, to the bit.
+
+    With the nearest code in that one place its states are ours (`test_8bit_states_equal_bitsandbytes`), so the grid is
+    the reason of every difference between its states and ours.
+    """
+    native, emulated = parameters(((64, 128),)), parameters(((64, 128),))
+    options = {"lr": 3e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    one, two = bnb.optim.AdamW8bit(native, **options), bnb.optim.AdamW8bit(emulated, **options)
+    for step in range(200):
+        give_gradients(native, step)
+        give_gradients(emulated, step)
+        one.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(bnb_ops, "_quant_blockwise_fp32_direct", grid_quantize)
+            two.step()
+    for name in ("state1", "state2", "absmax1", "absmax2"):
+        assert torch.equal(one.state[native[0]][name], two.state[emulated[0]][name]), name
+    assert torch.equal(native[0], emulated[0])
+
+
+def moments(state, shape):
+    """What an 8-bit state stands for, in float64: both moments, and how far a rounded value can have been from each."""
+    found = []
+    for name, scale, book in (("state1", "absmax1", MOMENT1_8BIT), ("state2", "absmax2", MOMENT2_8BIT)):
+        table = book.table().double()
+        gaps = table.diff()
+        reach = 0.5 * torch.maximum(torch.cat([gaps, gaps[-1:]]), torch.cat([gaps[:1], gaps]))
+        codes = state[name].long().view(shape)
+        scales = state[scale].double().repeat_interleave(256).view(shape)
+        found.append((table[codes] * scales, reach[codes] * scales, scales))
+    return found
+
+
+def test_200_steps_of_bitsandbytes_as_it_comes(record_property):
+    """States and parameters after 200 steps beside its native quantizer: how far apart, and bounds for both.
+
+    * A moment is beta * moment + (1 - beta) * (the same input), and each side rounds it once a step: ours to half the
+      gap between two codes, bitsandbytes' to that and half a grid cell, 1/65535 of absmax. The difference of the
+      moments is therefore at most the sum of these, each beta times smaller a step later.
+    * The parameters differ by what the moments' differences make of an update, and by roundings. That is much where a
+      second moment is below half the smallest code: the nearest code is 0, while the grid, which has no 0, keeps it at
+      1/65535 of absmax. A gradient of exactly 0 after that divides the first moment by eps alone.
+    """
+    shape, lr, betas, eps, decay = (64, 128), 3e-3, (0.9, 0.999), 1e-8, 0.1
+    ours, theirs = parameters((shape,)), parameters((shape,))
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": decay}
+    one, two = hb.optim.AdamW(ours, state="8bit", **options), bnb.optim.AdamW8bit(theirs, **options)
+    zero = torch.zeros(shape, dtype=torch.float64)
+    apart, explained, moved, steps = [zero, zero], zero, zero, 200
+    before = [(zero, zero), (zero, zero)]
+    for step in range(1, steps + 1):
+        give_gradients(ours, step - 1)
+        give_gradients(theirs, step - 1)
+        grad = ours[0].grad.double()
+        updates = []
+        for moment1, moment2 in before:
+            first = betas[0] * moment1 + (1 - betas[0]) * grad
+            second = betas[1] * moment2 + (1 - betas[1]) * grad**2
+            root = (second / (1 - betas[1] ** step)).sqrt()
+            updates.append(first / (1 - betas[0] ** step) / (root + eps))
+            size = betas[0] * moment1.abs() + (1 - betas[0]) * grad.abs()
+            moved = moved + lr * size / (1 - betas[0] ** step) / (root + eps)
+        explained = (1 - lr * decay) * explained + lr * (updates[0] - updates[1]).abs()
+        one.step()
+        two.step()
+        mine, other = moments(one.state[ours[0]], shape), moments(two.state[theirs[0]], shape)
+        before = [(side[0][0], side[1][0]) for side in (mine, other)]
+        for at, beta in enumerate(betas):
+            (value, reach, scale), (their_value, their_reach, their_scale) = mine[at], other[at]
+            # float32 arithmetic adds a few eps of absmax, and its grid index a 128th of a cell.
+            rounding = reach + their_reach + their_scale * (1 + 1 / 128) / 65535 + 8 * EPS * (scale + their_scale)
+            apart[at] = beta * apart[at] + rounding
+            assert ((value - their_value).abs() <= apart[at]).all(), (step, at)
+    for name in ("state1", "state2"):
+        codes = (one.state[ours[0]][name].int() - two.state[theirs[0]][name].int()).abs()
+        counts = torch.bincount(codes.view(-1)).tolist()
+        record_property(name, {by: count for by, count in enumerate(counts) if count})
+        assert sum(counts[1:]) > 0, "the quantizers do not differ: this test has no object any more"
+    difference = (ours[0] - theirs[0]).detach().abs()
+    record_property("parameters", {"max": float(difference.max()), "explained": float(explained.max())})
+    # Each side rounds a parameter once a step, when it is at most its start and all that was added to it, and an update
+    # a few times, relative to the larger terms of the sum that it begins with.
+    start = parameters((shape,))[0].detach().abs()
+    assert (difference <= explained + EPS * (2 * steps * (start + moved) + 8 * moved)).all()
 
 
 def test_bitsandbytes_continues_our_state_and_we_continue_its(nearest_codes):
