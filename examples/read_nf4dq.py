@@ -170,7 +170,7 @@ class Archive:
                 _need(target is not None and "same_as" not in target, f"tensor {name} is the same as nothing")
                 continue
             _need(entry["dtype"] in DTYPES, f"tensor {name} has an unknown dtype")
-            _need(all(_is_size(size) for size in entry["shape"]), f"tensor {name} has no list of sizes for a shape")
+            _need(_is_shape(entry["shape"]), f"tensor {name} has no list of sizes for a shape")
             if "format" in entry:
                 known = entry["format"] in CODE_BITS and entry["packing"] == "high-first"
                 known = (
@@ -178,6 +178,7 @@ class Archive:
                     and entry["scale_bits"] in (4, 6, 8, 32)
                     and entry["block_size"] in [32 << n for n in range(8)]
                 )
+                known = known and type(entry["scale_bits"]) is type(entry["block_size"]) is int
                 known = known and (entry["scale_bits"] == 32 or entry["scale_block"] == SCALE_BLOCK)
                 _need(known, f"tensor {name} has an unknown encoding")
                 _check_table(self.directory["codebooks"][entry["format"]], CODE_BITS[entry["format"]])
@@ -227,7 +228,8 @@ def round_to(values, dtype):
     if dtype != "bfloat16":
         return values.astype(DTYPES[dtype])
     bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.where(np.isnan(values), values, rounded)  # adding to all the bits of a NaN carries it over to 0
 
 
 def aligned(offset):
@@ -239,7 +241,7 @@ def _decoded_size(what, section):
     if "zstd" not in section:
         return section["nbytes"]
     decoded, chunk, frames = (section["zstd"][key] for key in ("nbytes", "chunk", "frames"))
-    fine = _is_size(decoded) and chunk in CHUNKS and all(_is_size(size) and size for size in frames)
+    fine = _is_size(decoded) and _is_size(chunk) and chunk in CHUNKS and all(_is_size(size) and size for size in frames)
     fine = fine and len(frames) == -(-decoded // chunk) and sum(frames) == section["nbytes"]
     _need(fine, f"{what} has frames that do not make up its size")
     _need(decoded <= MAX_EXPANSION * section["nbytes"], f"{what} claims to decode to {decoded} bytes")
@@ -256,6 +258,11 @@ def _is_number(value):
 
 def _is_size(value):
     return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_shape(value):
+    fine = type(value) is list and len(value) <= 16 and all(map(_is_size, value))
+    return fine and _is_size(8 * prod(size or 1 for size in value))
 
 
 def _unique(pairs):

@@ -27,6 +27,8 @@ def test_all_offered_combinations_are_valid():
         ({"block_size": 10_000}, "the nearest is 4096"),
         ({"block_size": "64"}, "block size '64' is not offered; did you mean '64'"),
         ({"block_size": True}, "block size True is not offered"),
+        ({"block_size": 64.0}, "block size 64.0 is not offered"),
+        ({"scale_bits": 8.0}, "scale_bits 8.0 is not offered"),
         ({"scale_bits": 5}, "scale_bits 5 is not offered; choose one of: None, 8, 6, 4"),
         ({"scale_bits": 0}, "scale_bits 0 is not offered"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 import halfbyte as hb
 from halfbyte.models import Archive, quantize_to_archive
+from halfbyte.models.archive_format import HEADER, HEADER_SIZE, encode_header
 from halfbyte.models.archive_writer import new_archive
 
 
@@ -80,6 +82,37 @@ def test_it_refuses_what_halfbyte_refuses(reader, tmp_path):
         os.truncate(path, len(data) - length)
         with pytest.raises(reader.Damaged):
             reader.Archive(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000], ids=hex)
+def test_scales_that_are_no_numbers(reader, tmp_path, bits, dtype):
+    weight = hb.quantize(torch.randn(3, 64).to(dtype), "nf4", 64, None)
+    weight.scales.copy_(torch.full((3,), bits, dtype=torch.int32).view(torch.float32))
+    with new_archive(tmp_path / "a.nf4dq", {}) as archive:
+        archive.add("w", weight)
+    theirs = torch.from_numpy(reader.Archive(tmp_path / "a.nf4dq")["w"]).float()
+    expected = Archive(tmp_path / "a.nf4dq").tensor("w").dequantize().float()
+    assert not expected.isfinite().any() and torch.equal(theirs.isnan(), expected.isnan())
+    assert torch.equal(theirs.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("block_size", 32.0), ("scale_bits", 32.0), ("shape", ""), ("shape", [0, 1 << 61, 1 << 61])],
+)
+def test_it_refuses_other_forms_of_a_number(reader, tmp_path, key, value):
+    path = tmp_path / "a.nf4dq"
+    with new_archive(path, {}) as archive:
+        archive.add("w", hb.quantize(torch.randn(1, 32), "nf4", 32, None))
+    data = path.read_bytes()
+    offset = HEADER.unpack(data[:HEADER_SIZE])[4]
+    directory = json.loads(data[offset:])
+    directory["tensors"]["w"][key] = value
+    changed = json.dumps(directory).encode()
+    path.write_bytes(encode_header(offset, changed) + data[HEADER_SIZE:offset] + changed)
+    with pytest.raises(reader.Damaged, match="tensor w"):
+        reader.Archive(path)
 
 
 def test_it_is_short_and_needs_numpy_alone(repository):

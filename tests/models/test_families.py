@@ -201,6 +201,8 @@ def test_skipped_modules_stay_dense_across_a_save(folder_of, ids, tmp_path):
 def test_a_name_that_skips_nothing_is_refused(folder_of):
     with pytest.raises(RequestError, match="'dwn_proj', so it cannot be skipped; did you mean 'down_proj'"):
         hb.load_model(folder_of("llama"), quantization=hb.HalfbyteConfig(skip_modules=["dwn_proj"]))
+    with pytest.raises(RequestError, match=r"'qqqqqq', so it cannot be skipped; .*: [a-z]"):
+        hb.load_model(folder_of("llama"), quantization=hb.HalfbyteConfig(skip_modules=["qqqqqq"]))
 
 
 def test_a_model_of_which_too_little_would_be_quantized_is_refused(folder_of):

@@ -34,9 +34,10 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         get_codebook(self.format)
-        if self.block_size not in BLOCK_SIZES or isinstance(self.block_size, bool):
+        # A file may say 64.0 or true, which are equal to a number that is offered and count no bytes.
+        if self.block_size not in BLOCK_SIZES or type(self.block_size) is not int:
             raise FormatError(f"block size {self.block_size!r} is not offered; {_nearest_number(self.block_size)}")
-        if self.scale_bits not in SCALE_BITS:
+        if self.scale_bits not in SCALE_BITS or isinstance(self.scale_bits, float):
             raise FormatError(f"scale_bits {self.scale_bits!r} is not offered; choose one of: None, 8, 6, 4")
 
     @property

@@ -291,7 +291,9 @@ def decode_entry(name: str, value: Mapping[str, Any]) -> Entry:
     fine = isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS and all(_is_size(size) for size in shape)
     _need(fine, what, f"has shape {str(shape)[:80]}, which is no list of sizes")
     assert isinstance(dtype, str) and isinstance(shape, list)
-    _need(_is_size(8 * math.prod(shape)), what, f"has shape {str(shape)[:80]}, which is too large")
+    # A size of 0 would hide others whose product, a stride, is beyond 64 bits.
+    extent = math.prod(size or 1 for size in shape)
+    _need(_is_size(8 * extent), what, f"has shape {str(shape)[:80]}, which is too large")
     spec = None
     if "format" in value:
         _need(dtype in _LOGICAL, what, f"is quantized and has dtype {dtype}")
@@ -333,7 +335,7 @@ def decode_section(what: str, value: Any, expected: int | None) -> Section:
 def _decode_compression(what: str, section: Section, value: Any) -> Section:
     _need(isinstance(value, dict), what, "has a compression that is no object")
     decoded, chunk, frames = (value.get(key) for key in ("nbytes", "chunk", "frames"))
-    fine = _is_size(decoded) and chunk in CHUNKS and not isinstance(chunk, bool) and isinstance(frames, list)
+    fine = _is_size(decoded) and _is_size(chunk) and chunk in CHUNKS and isinstance(frames, list)
     fine = fine and all(_is_size(size) and size for size in frames)
     fine = fine and len(frames) == -(-decoded // chunk) and sum(frames) == section.nbytes
     _need(fine, what, "has frames that do not make up its size")
@@ -344,7 +346,7 @@ def _decode_compression(what: str, section: Section, value: Any) -> Section:
 
 def _decode_spec(what: str, value: Mapping[str, Any]) -> QuantSpec:
     bits = value.get("scale_bits")
-    _need(bits != 0 and bits is not None, what, f"has scale_bits {bits!r}, which is not offered")
+    _need(_is_size(bits) and bits, what, f"has scale_bits {bits!r}, which is not offered")
     try:
         spec = QuantSpec(value["format"], value.get("block_size"), None if bits == 32 else bits)  # type: ignore[arg-type]
     except (FormatError, TypeError) as error:
@@ -360,11 +362,15 @@ def _check_tables(value: Mapping[str, Any], directory: Directory) -> None:
     _need(isinstance(codebooks, dict) and isinstance(scale_tables, dict), "directory", "lacks its tables")
     assert isinstance(codebooks, dict) and isinstance(scale_tables, dict)
     for spec in {entry.spec for entry in directory.tensors.values() if entry.spec is not None}:
-        same = codebooks.get(spec.format) == list(spec.codebook.values)
+        same = _same_numbers(codebooks.get(spec.format), list(spec.codebook.values))
         _need(same, f"codebook {spec.format}", "is not the table of that format")
         if spec.scale_bits is not None:
-            same = scale_tables.get(str(spec.scale_bits)) == scale_table(spec.scale_bits).tolist()
+            same = _same_numbers(scale_tables.get(str(spec.scale_bits)), scale_table(spec.scale_bits).tolist())
             _need(same, f"scale table {spec.scale_bits}", "is not the table of that width")
+
+
+def _same_numbers(stored: Any, table: list[float]) -> bool:
+    return bool(stored == table) and not any(isinstance(value, bool) for value in stored)
 
 
 def _check_places(directory: Directory, end: int) -> None:

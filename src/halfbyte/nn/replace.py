@@ -111,7 +111,9 @@ def make_plan(
             skipped[name] = reason
     unused = [pattern for pattern in skip if pattern not in used]
     if unused:
-        names = sorted({part for name, _ in model.named_modules() for part in name.split(".") if not part.isdigit()})
+        names = sorted(
+            {part for name, _ in model.named_modules() for part in name.split(".") if part and not part.isdigit()}
+        )
         hint = nearest(unused[0].rpartition(".")[2], names)
         raise RequestError(f"nothing in the model is called {unused[0]!r}, so it cannot be skipped; {hint}")
     return Plan(chosen, skipped)
