@@ -44,14 +44,17 @@ int32_t ordered(float x) {
     return bits < 0 ? bits ^ 0x7fffffff : bits;
 }
 
-// A map's values [256], ascending -> its buckets.
+// A map's values [256], ascending -> its buckets. Second moments are never stored as zero unless they are: the first
+// threshold of a map without negative values is zero. The nearest code of a second moment below half the smallest entry
+// would be that of 0, and a gradient of 0 after that divides the first moment by eps alone.
 std::vector<int32_t> buckets_of(const float *values, int shift) {
     std::vector<int32_t> buckets(size_t(1) << (32 - shift));
     uint32_t rank = 0;
     for (int64_t first = INT32_MIN; first <= INT32_MAX; first += int64_t(1) << shift) {
         uint32_t entry = rank << 24;
         if (rank < 255) {
-            const int64_t inside = ordered((values[rank] + values[rank + 1]) / 2) - first;
+            const float threshold = values[rank] == 0.0f && rank == 0 ? 0.0f : (values[rank] + values[rank + 1]) / 2;
+            const int64_t inside = ordered(threshold) - first;
             if (inside < int64_t(1) << shift) {
                 entry += 0xffffff - uint32_t(inside);
                 ++rank;

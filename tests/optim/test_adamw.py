@@ -297,3 +297,18 @@ def test_deepcopy_continues_as_the_original():
         give_gradients(some, 9)
         o.step()
     assert equal(params, twins)
+
+
+@pytest.mark.parametrize("state", ["float32", "8bit", "4bit"])
+def test_a_second_moment_too_small_to_be_told_from_zero_does_not_throw_its_parameter_away(state):
+    """Stored as zero, it would leave eps alone in the denominator: a step of lr m / eps, here 10^3 of lr."""
+    parameter = torch.nn.Parameter(torch.zeros(4096))
+    optimizer = hb.optim.AdamW([parameter], lr=1e-3, weight_decay=0.0, state=state)
+    gradient = torch.ones(4096)
+    gradient[7::256] = 1e-4  # of the block's largest; its square is 10^-8 of theirs
+    for step in range(3):
+        parameter.grad = gradient.clone()
+        if step:
+            parameter.grad[7::256] = 0.0
+        optimizer.step()
+    assert parameter.abs().max() < 4e-3  # three steps of lr, and what rounding the moments adds

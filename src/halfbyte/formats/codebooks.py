@@ -38,6 +38,7 @@ class Codebook:
         values: the value of each code, `2**bits` floats in [-1, 1] (a code that is never written may lie outside).
         ascending: the codes the encoder may write, ordered by value. Thresholds lie between neighbours.
         interchange: whether bitsandbytes reads this format.
+        keeps_positive: a value above zero is never coded as zero, however small: the first threshold is zero.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Codebook:
     values: tuple[float, ...]
     ascending: tuple[int, ...] = field(default=())
     interchange: bool = False
+    keeps_positive: bool = False
 
     def __post_init__(self) -> None:
         if not self.ascending:
@@ -155,7 +157,8 @@ FORMATS = tuple(CODEBOOKS)
 # 4 bits (arXiv 2309.01507: a dynamic exponent for the first, evenly spaced without a zero for the second, so that an
 # update is never divided by a second moment that was rounded to nothing). No weight is stored in them.
 MOMENT1_8BIT = Codebook("moment1-8bit", 8, dynamic_map())
-MOMENT2_8BIT = Codebook("moment2-8bit", 8, dynamic_map(signed=False))
+# Divided by, so that a small second moment that were stored as zero would leave only eps in the denominator.
+MOMENT2_8BIT = Codebook("moment2-8bit", 8, dynamic_map(signed=False), keeps_positive=True)
 MOMENT1_4BIT = Codebook("moment1-4bit", 4, dynamic_map(decades=3))
 MOMENT2_4BIT = Codebook("moment2-4bit", 4, tuple((code + 1) / 16 for code in range(16)))
 _ALL = {book.name: book for book in (*CODEBOOKS.values(), MOMENT1_8BIT, MOMENT2_8BIT, MOMENT1_4BIT, MOMENT2_4BIT)}
@@ -182,7 +185,10 @@ def _table(name: str, device: str) -> torch.Tensor:
 def _thresholds(name: str, device: str) -> torch.Tensor:
     book = _ALL[name]
     values = _table(name, "cpu")[list(book.ascending)]
-    return ((values[:-1] + values[1:]) / 2).to(device)
+    midpoints = (values[:-1] + values[1:]) / 2
+    if book.keeps_positive:
+        midpoints[0] = 0.0
+    return midpoints.to(device)
 
 
 @cache

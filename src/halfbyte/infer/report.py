@@ -132,11 +132,11 @@ def distance(logits: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) 
     if [rows.shape for rows in logits] != [rows.shape for rows in reference]:
         raise RequestError("the two models do not have the same vocabulary; compare a model with its own original.")
     ours, theirs = (torch.cat(list(rows)).double() for rows in (logits, reference))
-    centered = [rows - rows.mean(-1, keepdim=True) for rows in (ours, theirs)]
+    our_shape, their_shape = (rows - rows.mean(-1, keepdim=True) for rows in (ours, theirs))
     log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
     return Distance(
         len(ours),
-        float(torch.cosine_similarity(*centered, dim=-1).mean()),
+        float(torch.cosine_similarity(our_shape, their_shape, dim=-1).mean()),
         float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
         float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
     )

@@ -29,7 +29,7 @@ from halfbyte.infer.requests import Adapters, Request
 from halfbyte.kernels.decoder import STEP_ROWS, Mix
 
 CHUNK = 256  # tokens of a prompt that are read between two steps of the others
-FEW = 8  # a rest of a prompt that is no longer goes through the step of decoding
+FEW = 32  # a rest of a prompt that is no longer goes through the step of decoding
 _IDLE = 0.5  # seconds that an idle thread sleeps before it looks whether it is to end
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from halfbyte.errors import RequestError
+from halfbyte.formats import QuantSpec
 from halfbyte.models import saving
 from halfbyte.models.archive_reader import is_archive
 from halfbyte.models.archive_writer import ArchiveWriter, new_archive
@@ -28,7 +29,7 @@ from halfbyte.models.config import HalfbyteConfig
 from halfbyte.models.loading import load_model, resolve
 from halfbyte.models.quantizer import Sink, into_sink
 from halfbyte.models.sources import model_files, open_checkpoint
-from halfbyte.nn import QuantizationReport
+from halfbyte.nn import QuantizationReport, make_plan, output_layers
 from halfbyte.tensor import QuantizedTensor
 
 # What a tokenizer, a chat template, a generation config and a licence are stored in. Weights and code are not.
@@ -247,7 +248,16 @@ def saved_config(model: Any) -> Any:
     first = next((p for p in model.parameters() if isinstance(p, QuantizedTensor)), None)
     if first is not None:
         known = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-        config.quantization_config = (known or HalfbyteConfig(**vars(first.spec))).own_dict()
+        config.quantization_config = (known or _config_of(model, first.spec)).own_dict()
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _config_of(model: Any, spec: QuantSpec) -> HalfbyteConfig:
+    """How a model was quantized in memory: what it kept is named, or a loader would expect it packed."""
+    plan = make_plan(model, heads=output_layers(model))
+    kept = [
+        name.rpartition(".")[0] for name in plan.chosen if not isinstance(model.get_parameter(name), QuantizedTensor)
+    ]
+    return HalfbyteConfig(**vars(spec), skip_modules=kept)

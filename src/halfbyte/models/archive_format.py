@@ -346,7 +346,7 @@ def _decode_compression(what: str, section: Section, value: Any) -> Section:
 
 def _decode_spec(what: str, value: Mapping[str, Any]) -> QuantSpec:
     bits = value.get("scale_bits")
-    _need(_is_size(bits) and bits, what, f"has scale_bits {bits!r}, which is not offered")
+    _need(_is_size(bits) and bool(bits), what, f"has scale_bits {bits!r}, which is not offered")
     try:
         spec = QuantSpec(value["format"], value.get("block_size"), None if bits == 32 else bits)  # type: ignore[arg-type]
     except (FormatError, TypeError) as error:
