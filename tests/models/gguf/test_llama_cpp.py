@@ -48,6 +48,19 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def plain_kernels(monkeypatch):
+    """Without repacked weights: q8_0 ended the process in 0.3.36 on a CPU with AMX (suspected, not shown, cause)."""
+    defaults = llama_cpp.llama_model_default_params
+
+    def parameters():
+        values = defaults()
+        values.use_extra_bufts = False
+        return values
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", parameters)
+
+
 def load(path, **options):
     """A file in llama.cpp with the logits of every token."""
     return llama_cpp.Llama(
@@ -58,6 +71,7 @@ def load(path, **options):
         type_v=0,
         verbose=False,
         n_threads=1,
+        n_threads_batch=1,
         flash_attn=False,
         **options,
     )
@@ -120,7 +134,7 @@ class Reference:
         if rounding and architecture.activation != "silu":
             for module in self.model.modules():
                 if hasattr(module, "act_fn"):
-                    module.act_fn = _gelu_table
+                    module.act_fn = GeluTable()
 
     def _round(self, module, kind: str) -> None:
         head = self.model.lm_head if module is self.model.get_input_embeddings() else module  # a tied head
@@ -132,10 +146,12 @@ class Reference:
         return self.model(torch.tensor([ids])).logits[0].double().numpy()
 
 
-def _gelu_table(values: torch.Tensor) -> torch.Tensor:
+class GeluTable(torch.nn.Module):
     """gelu as llama.cpp looks it up: 65,536 results in float16."""
-    half = torch.nn.functional.gelu(values.half().float(), approximate="tanh").half().to(values.dtype)
-    return torch.where(values <= -10, 0, torch.where(values >= 10, values, half))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        half = torch.nn.functional.gelu(values.half().float(), approximate="tanh").half().to(values.dtype)
+        return torch.where(values <= -10, 0, torch.where(values >= 10, values, half))
 
 
 def agree(folder: Path, path: Path, kind: str, ids: list[int], **options) -> tuple[float, float]:
@@ -219,7 +235,7 @@ def test_an_adapter_does_what_peft_does(gguf_folder, files, tmp_path, family):
         if family == "gemma3":
             for module in model.modules():
                 if hasattr(module, "act_fn"):
-                    module.act_fn = _gelu_table
+                    module.act_fn = GeluTable()
             single = model(torch.tensor([ids])).logits[0].double().numpy()
     ours = logits(load(files(family, "f32"), lora_path=str(tmp_path / "adapter.gguf")), ids)
     assert _rms(ours - expected) <= 8 * _rms(single - expected)
