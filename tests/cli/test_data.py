@@ -165,7 +165,7 @@ def test_real_labels_are_shown(assets, tmp_path):
 def test_answers_are_shown_with_what_is_said_of_them(show, write_rows):
     pairs = write_rows([{"prompt": "q", "chosen": "yes", "rejected": "no"}], "pairs.jsonl")
     told = lines(show(dataset=str(pairs), task="preference"))
-    assert f"{pairs}, line 1, 10 tokens" in told
+    assert f"{pairs}, line 1, the longest, 10 tokens" in told
     text = " ".join(told)
     assert "chosen: <s><|user|>q</s> <|assistant|>⟦yes</s>⟧" in text
     assert "rejected: <s><|user|>q</s> <|assistant|>⟦no</s>⟧" in text

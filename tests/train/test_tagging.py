@@ -22,7 +22,7 @@ NEEDED = {"model_name_or_path": "/m", "output_dir": "o", "dataset": "d"}
 def sentences(count, seed):
     """A person is a word that begins with x, and perhaps one with w after it; a place begins with y and goes on with z.
 
-    A word's first letter says its tag, which is what an encoder that was never pretrained can learn in some 60 steps.
+    A word's first letter says its tag, which is what an encoder that was never pretrained can learn in some 240 steps.
     """
     draw = random.Random(seed)
 
@@ -60,7 +60,7 @@ def run(tiny_subword_bert, write_rows, tmp_path):
                 "compute_dtype": "float32",
                 "lora_r": 8,
                 "learning_rate": 5e-3,
-                "max_steps": 60,
+                "max_steps": 240,
                 "per_device_train_batch_size": 16,
                 "logging_steps": 25,
                 "per_device_eval_batch_size": 50,
