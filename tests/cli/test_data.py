@@ -167,12 +167,11 @@ def test_answers_are_shown_with_what_is_said_of_them(show, write_rows):
     told = lines(show(dataset=str(pairs), task="preference"))
     assert f"{pairs}, line 1, the longest, 10 tokens" in told
     text = " ".join(told)
-    assert "chosen: <s><|user|>q</s> <|assistant|>⟦yes</s>⟧" in text
-    assert "rejected: <s><|user|>q</s> <|assistant|>⟦no</s>⟧" in text
+    assert "<s><|user|>q</s> <|assistant|> chosen: ⟦yes</s>⟧ rejected: ⟦no</s>⟧" in text
     judged = [{"prompt": "q", "completion": "yes", "label": True}, {"prompt": "q", "completion": "no", "label": False}]
     text = " ".join(lines(show(dataset=str(write_rows(judged)), task="kto")))
-    assert "good: <s><|user|>q</s> <|assistant|>⟦yes</s>⟧" in text
-    assert "bad: <s><|user|>q</s> <|assistant|>⟦no</s>⟧" in text
+    assert "<s><|user|>q</s> <|assistant|> good: ⟦yes</s>⟧" in text
+    assert "<s><|user|>q</s> <|assistant|> bad: ⟦no</s>⟧" in text
 
 
 def test_tagged_words_are_shown_with_their_tags(show, write_rows):
