@@ -47,7 +47,7 @@ void prefetch(const hb_matrix &m) {
 class Step {
   public:
     Step(const hb_decoder &decoder, const hb_step &step)
-        : d_(decoder), s_(step), ops_(*kernels().decoder), linear_(kernels().linear) {
+        : d_(decoder), s_(step), ops_(*kernels().decoder), linear_(kernels().linear), lora_(*kernels().lora) {
         query_ = d_.heads * d_.head_dim, key_ = d_.kv_heads * d_.head_dim;
         widest_ = std::max({d_.hidden, d_.ffn, query_});
         entries_ = s_.mix ? s_.mix[s_.rows] : 0;
@@ -76,7 +76,7 @@ class Step {
         take(rounded_, s_.rows * widest_ * 2);
         take(products_, s_.dtype == HB_FLOAT32 ? 0 : s_.rows * std::max(widest_, d_.head.n) * kMembers * 2);
         take(prepared_, prepared_size_);
-        take(middles_, kMembers * entries_ * most_rank_ * 4);
+        take(middles_, kMembers * entries_ * width_ * 4);
         return at;
     }
 
@@ -110,7 +110,9 @@ class Step {
 
     void measure(const hb_matrix &m) {
         if (m.packed) prepared_size_ = std::max(prepared_size_, linear_.scratch_size(*m.packed, s_.rows, m.k));
-        for (int64_t i = 0; m.branches && i < entries_; ++i) most_rank_ = std::max(most_rank_, m.branches[s_.adapter[i]].rank);
+        for (int64_t i = 0; m.loras && i < entries_; ++i) {
+            width_ = std::max(width_, lora_width(m.loras[s_.adapter[i]].rank));
+        }
     }
 
     void layer(Crew &crew, int64_t number) {
@@ -210,14 +212,25 @@ class Step {
             }
             const int64_t member = (piece - 1) / entries_, entry = (piece - 1) % entries_;
             const hb_matrix &m = members[member].matrix;
-            if (!m.branches) return;
-            const hb_branch &branch = m.branches[s_.adapter[entry]];
+            if (!m.loras) return;
             const int64_t row = std::upper_bound(s_.mix, s_.mix + s_.rows, entry) - s_.mix - 1;
-            ops_.branch_down(branch, k, x + row * k, s_.weight[entry], middle(member, entry));
+            const hb_lora lora = of_row(m, entry, row);
+            float *const t = middle(member, entry);
+            std::fill(t, t + width_, 0.0f);  // the rank is padded to whole vectors, with terms of zero
+            for (int64_t rank = 0; rank < lora.rank; rank += kLoraRanks) {
+                lora_.down(lora, x, HB_FLOAT32, k, t, rank, std::min(rank + kLoraRanks, lora.rank));
+            }
         });
     }
 
-    float *middle(int64_t member, int64_t entry) { return middles_ + (member * entries_ + entry) * most_rank_; }
+    // The adapter of one entry of the mix, for its row.
+    hb_lora of_row(const hb_matrix &m, int64_t entry, int64_t row) const {
+        hb_lora lora = m.loras[s_.adapter[entry]];
+        lora.first = row, lora.rows = 1, lora.scaling *= s_.weight[entry];
+        return lora;
+    }
+
+    float *middle(int64_t member, int64_t entry) { return middles_ + (member * entries_ + entry) * width_; }
 
     // A piece of one product, with its bias and its adapters.
     void finish(const Member &member, int64_t number, const float *x, int64_t piece) {
@@ -237,10 +250,10 @@ class Step {
         for (int64_t row = 0; row < s_.rows; ++row) {
             float *const out = member.out + row * m.n;
             if (m.bias) ops_.add(m.bias + first, last - first, out + first);
-            if (!m.branches || !s_.mix) continue;
+            if (!m.loras || !s_.mix) continue;
             for (int64_t entry = s_.mix[row]; entry < s_.mix[row + 1]; ++entry) {
-                const hb_branch &branch = m.branches[s_.adapter[entry]];
-                if (branch.rank) ops_.branch_up(branch, m.n, middle(number, entry), first, last, out);
+                const hb_lora lora = of_row(m, entry, row);
+                if (lora.rank) lora_.up(lora, middle(number, entry), m.n, HB_FLOAT32, member.out, first, last);
             }
         }
     }
@@ -249,7 +262,8 @@ class Step {
     const hb_step &s_;
     const DecoderOps &ops_;
     const Linear &linear_;
-    int64_t query_, key_, widest_, entries_, prepared_size_ = 0, most_rank_ = 0;
+    const Lora &lora_;
+    int64_t query_, key_, widest_, entries_, prepared_size_ = 0, width_ = 0;
     Crew::Phase *phases_;
     float *x_, *queries_, *keys_, *values_, *gates_, *up_, *sums_, *middles_;
     uint16_t *rounded_, *products_;

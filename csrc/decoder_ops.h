@@ -1,5 +1,5 @@
 // What a decoder computes between its products, for one row or one head at a time: norms, the rotation, attention over
-// the cache, gates, an adapter's two small products. All of it is float32.
+// the cache, gates. All of it is float32.
 #pragma once
 
 #include "vectors.h"
@@ -70,35 +70,6 @@ void dense_of(const T *w, int64_t n, int64_t k, const float *x, int64_t rows, in
 void dense(const hb_matrix &w, const float *x, int64_t rows, int64_t first, int64_t last, float *out) {
     if (w.dense_dtype == HB_FLOAT32) return dense_of(static_cast<const float *>(w.dense), w.n, w.k, x, rows, first, last, out);
     dense_of(static_cast<const bfloat16 *>(w.dense), w.n, w.k, x, rows, first, last, out);
-}
-
-// t [rank] = weight x A^T
-void branch_down(const hb_branch &branch, int64_t k, const float *x, float weight, float *t) {
-    if (branch.dtype == HB_FLOAT32) {
-        dot_all(static_cast<const float *>(branch.a), k, x, branch.rank, t);
-    } else {
-        dot_all(static_cast<const bfloat16 *>(branch.a), k, x, branch.rank, t);
-    }
-    for (int64_t r = 0; r < branch.rank; ++r) t[r] *= weight;
-}
-
-template <class T>
-void branch_up_of(const T *b, int64_t rank, int64_t n, const float *t, int64_t first, int64_t last, float *out) {
-    for (int64_t i = first; i < last; i += kLanes) {
-        const int64_t left = last - i;
-        Floats total = load(out + i, left);
-        for (int64_t r = 0; r < rank; ++r) total += load(b + r * n + i, left) * t[r];
-        store(out + i, left, total);
-    }
-}
-
-// out[first .. last) += t B^T
-void branch_up(const hb_branch &branch, int64_t n, const float *t, int64_t first, int64_t last, float *out) {
-    if (branch.dtype == HB_FLOAT32) {
-        branch_up_of(static_cast<const float *>(branch.b_transposed), branch.rank, n, t, first, last, out);
-    } else {
-        branch_up_of(static_cast<const bfloat16 *>(branch.b_transposed), branch.rank, n, t, first, last, out);
-    }
 }
 
 // gate(g) u, where gate(g) = g sigmoid(g), or gelu's approximation by tanh, which is g sigmoid(2 sqrt(2 / pi) (g + 0.044715 g^3)).
@@ -271,8 +242,7 @@ void attend(const HeadAt &at, const float *queries, float *out) {
     }
 }
 
-constexpr DecoderOps kDecoderOps = {rms_norm, round_row, widen_row, dense,  branch_down,
-                                    branch_up,   add_row,   gate,      enter, attend};
+constexpr DecoderOps kDecoderOps = {rms_norm, round_row, widen_row, dense, add_row, gate, enter, attend};
 
 }  // namespace
 }  // namespace halfbyte

@@ -152,20 +152,12 @@ HB_API int hb_adamw_norms(int threads, const hb_adamw_tensor *tensors, int64_t c
 
 // A decoder of the Llama family, one token of each sequence at a time. All arithmetic between the products is float32.
 
-// An adapter's branch of a matrix: out += weight x A^T B^T, A [rank, k], B transposed [rank, n], both of `dtype`
-// (float32 or bfloat16). rank 0 where the adapter leaves the matrix alone.
-typedef struct hb_branch {
-    const void *a, *b_transposed;
-    int64_t rank;
-    int32_t dtype;
-} hb_branch;
-
 // W [n, k], packed under the conditions of hb_linear, or dense.
 typedef struct hb_matrix {
     const hb_weight *packed;    // or null, and then
     const void *dense;          // float32 or bfloat16
     const float *bias;          // [n], or null
-    const hb_branch *branches;  // [adapters], or null
+    const hb_lora *loras;       // [adapters], whose rows are those of a step; rank 0: it leaves this matrix alone. Or null
     int64_t n, k;
     int32_t dense_dtype;
 } hb_matrix;

@@ -109,8 +109,6 @@ struct DecoderOps {
     void (*widen)(const uint16_t *bf16, int64_t n, float *out);
     // out[row, first .. last) = x W^T, out [rows, n].
     void (*dense)(const hb_matrix &w, const float *x, int64_t rows, int64_t first, int64_t last, float *out);
-    void (*branch_down)(const hb_branch &branch, int64_t k, const float *x, float weight, float *t);
-    void (*branch_up)(const hb_branch &branch, int64_t n, const float *t, int64_t first, int64_t last, float *out);
     void (*add)(const float *x, int64_t n, float *out);
     void (*gate)(int activation, const float *gate, const float *up, int64_t n, float *out);
     // Normalizes and rotates one key head with its queries [group, head_dim], scales the queries, and stores key and value.

@@ -59,12 +59,19 @@ HB_INLINE Floats load_before(const T *p, int64_t count, const T *end) {
 template <int R, int M, class A, class X>
 HB_INLINE void dots(const A *a, const X *x, int64_t k, float scaling, float *t, int64_t width) {
     Floats sums[R][M] = {};
-    for (int64_t i = 0; i < k; i += kLanes) {
+    const int64_t whole = k / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) {
         Floats xs[M];
         for (int m = 0; m < M; ++m) xs[m] = load_whole(x + m * k + i);
         for (int r = 0; r < R; ++r) {
             const Floats weights = load_whole(a + r * k + i);
             for (int m = 0; m < M; ++m) sums[r][m] += weights * xs[m];
+        }
+    }
+    if (whole < k) {  // beside a dense matrix, which may have any number of columns
+        for (int m = 0; m < M; ++m) {
+            const Floats rest = load(x + m * k + whole, k - whole);
+            for (int r = 0; r < R; ++r) sums[r][m] += load(a + r * k + whole, k - whole) * rest;
         }
     }
     for (int m = 0; m < M; ++m) {

@@ -89,7 +89,7 @@ def network(shape, *, layers=2, positions=160, window=0, norms=False, bias=False
 def branches(net, rank, dtype=torch.float32, skip=()):
     return {
         (number, name): Branch(
-            (torch.randn(rank, m.k) / m.k**0.5).to(dtype), (torch.randn(rank, m.n) / rank**0.5).to(dtype)
+            (torch.randn(rank, m.k) / m.k**0.5).to(dtype), (torch.randn(m.n, rank) / max(rank, 1) ** 0.5).to(dtype)
         )
         for number, layer in enumerate(net.layers)
         for name, m in layer.matrices.items()
@@ -233,7 +233,7 @@ def test_bad_input_is_refused_before_a_pointer_is_handed_out():
     with pytest.raises(IndexError):
         native.step([VOCABULARY], [0], [0])
     with pytest.raises(ShapeError, match="adapter matrices"):
-        native.set_adapters([{(0, "query"): Branch(torch.randn(4, 63), torch.randn(4, 80))}])
+        native.set_adapters([{(0, "query"): Branch(torch.randn(4, 63), torch.randn(80, 4))}])
     cache = Cache.empty(net, 1, torch.float32)
     for change in (
         {"final_norm": net.final_norm[:-1]},

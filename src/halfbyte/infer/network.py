@@ -107,7 +107,7 @@ def branches(model: Any, adapter: str, dtype: torch.dtype) -> Branches:
             if adapter in getattr(module, "lora_A", {}):
                 a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
                 scaled = b.detach().float() * module.scaling[adapter]
-                found[number, name] = Branch(a.detach().to(dtype).contiguous(), scaled.t().to(dtype).contiguous())
+                found[number, name] = Branch(a.detach().to(dtype).contiguous(), scaled.to(dtype).contiguous())
     elsewhere = [key for key, module in base.named_modules() if adapter in getattr(module, "lora_A", {})]
     if len(elsewhere) != len(found):
         raise NotCoveredError(f"adapter {adapter} is on more than the layers' projections")

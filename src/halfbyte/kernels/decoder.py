@@ -22,15 +22,15 @@ MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # in the o
 
 
 class Branch(NamedTuple):
-    """What an adapter adds to one matrix: x a^T b_transposed, scaling included.
+    """What an adapter adds to one matrix: x a^T b^T, scaling included.
 
     Attributes:
         a: [rank, k], float32 or bfloat16.
-        b_transposed: [rank, n], the same dtype.
+        b: [n, rank], the same dtype.
     """
 
     a: torch.Tensor
-    b_transposed: torch.Tensor
+    b: torch.Tensor
 
 
 Branches = Mapping[tuple[int, str], Branch]  # of one adapter, by layer and matrix

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from halfbyte.errors import ShapeError
-from halfbyte.kernels.cpu.library import Native, Weight
+from halfbyte.kernels.cpu.library import Lora, Native, Weight
 from halfbyte.kernels.cpu.ops import packed_weight, takes_few_rows
 from halfbyte.kernels.decoder import (
     ACTIVATIONS,
     KEY_BLOCK,
     MATRICES,
     STEP_ROWS,
+    Branch,
     Branches,
     Cache,
     Layer,
@@ -34,16 +35,12 @@ _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}  # enum hb_dtype, and HB_INT8
 
 
-class _Branch(ctypes.Structure):
-    _fields_ = (("a", _P), ("b_transposed", _P), ("rank", _L), ("dtype", _I))
-
-
 class _Matrix(ctypes.Structure):
     _fields_ = (
         ("packed", ctypes.POINTER(Weight)),
         ("dense", _P),
         ("bias", _P),
-        ("branches", ctypes.POINTER(_Branch)),
+        ("loras", ctypes.POINTER(Lora)),
         ("n", _L),
         ("k", _L),
         ("dense_dtype", _I),
@@ -215,13 +212,13 @@ class NativeDecoder:
         for number, layer in enumerate(self._layers):
             for name in MATRICES:
                 matrix = getattr(layer, name)
-                array = (_Branch * max(len(adapters), 1))()
+                array = (Lora * max(len(adapters), 1))()
                 for index, branches in enumerate(adapters):
                     branch = branches.get((number, name))
                     if branch is not None:
-                        array[index] = _branch(branch.a, branch.b_transposed, matrix.n, matrix.k)
+                        array[index] = _lora(branch, matrix.n, matrix.k)
                         keep += branch
-                matrix.branches = array if any(branch.rank for branch in array) else None
+                matrix.loras = array if any(lora.rank for lora in array) else None
                 keep.append(array)
         self._keep_adapters, self._adapters = keep, len(adapters)
 
@@ -275,10 +272,12 @@ class NativeDecoder:
         return out
 
 
-def _branch(a: torch.Tensor, b_transposed: torch.Tensor, n: int, k: int) -> _Branch:
-    rank, dtype = a.shape[0], a.dtype
-    fits = a.shape == (rank, k) and b_transposed.shape == (rank, n) and b_transposed.dtype == dtype
-    ready = all(tensor.is_cpu and tensor.is_contiguous() for tensor in (a, b_transposed))
+def _lora(branch: Branch, n: int, k: int) -> Lora:
+    rank, dtype = branch.a.shape[0], branch.a.dtype
+    fits = branch.a.shape == (rank, k) and branch.b.shape == (n, rank) and branch.b.dtype == dtype
+    ready = all(tensor.is_cpu and tensor.is_contiguous() for tensor in branch)
     if not fits or not ready or dtype not in (torch.float32, torch.bfloat16):
-        raise ShapeError(f"adapter matrices {dtype} {tuple(a.shape)}, {tuple(b_transposed.shape)} do not fit {n} x {k}")
-    return _Branch(a.data_ptr(), b_transposed.data_ptr(), rank, _DTYPES[dtype])
+        raise ShapeError(
+            f"adapter matrices {dtype} {tuple(branch.a.shape)}, {tuple(branch.b.shape)} do not fit {n} x {k}"
+        )
+    return Lora(branch.a.data_ptr(), branch.b.data_ptr(), rank, 0, 0, _DTYPES[dtype], 1.0)

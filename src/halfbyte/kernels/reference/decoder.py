@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from halfbyte.kernels.decoder import Branches, Cache, Layer, Matrix, Mix, Network
+from halfbyte.kernels.decoder import KEY_BLOCK, Branches, Cache, Layer, Matrix, Mix, Network
 from halfbyte.kernels.schema import PackedWeight
 
 
@@ -94,7 +94,7 @@ class TorchDecoder:
                 branch = None if where is None else self.adapters[number].get(where)
                 if branch is not None:
                     middle = cast[rows].to(branch.a.dtype) @ branch.a.t()
-                    y[rows] += (middle @ branch.b_transposed).float() * share
+                    y[rows] += (middle @ branch.b.t()).float() * share
         return y
 
     def _store(
@@ -105,7 +105,7 @@ class TorchDecoder:
         if cache.key_scales is not None and cache.value_scales is not None:
             key, cache.key_scales[layer, slot, :, at] = _to_bytes(key)
             value, cache.value_scales[layer, slot, :, at] = _to_bytes(value)
-        block, offset = at // 16, at % 16
+        block, offset = at // KEY_BLOCK, at % KEY_BLOCK
         cache.keys[layer, slot, :, block, :, offset] = key.to(cache.keys.dtype)
         cache.values[layer, slot, :, at] = value.to(cache.values.dtype)
 
@@ -148,7 +148,7 @@ class TorchDecoder:
     def _read(self, layer: int, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `count` keys and values of a slot, each [kv_heads, count, head_dim]."""
         cache = self.cache
-        blocks = cache.keys[layer, slot, :, : -(-count // 16)]
+        blocks = cache.keys[layer, slot, :, : -(-count // KEY_BLOCK)]
         keys = blocks.transpose(-1, -2).flatten(1, 2)[:, :count]
         values = cache.values[layer, slot, :, :count]
         if cache.key_scales is not None and cache.value_scales is not None:
