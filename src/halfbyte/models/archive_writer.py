@@ -42,7 +42,7 @@ from halfbyte.models.archive_format import (
     encode_entry,
     encode_header,
 )
-from halfbyte.models.saving import as_output_error, make_parents, sync, umask
+from halfbyte.models.saving import as_output_error, check_parent, make_parents, sync, umask
 from halfbyte.tensor import QuantizedTensor
 
 # What is compressed: codes, and scales of 8 bits or fewer. Everything else (float32 scales, dense weights) is noise.
@@ -362,13 +362,7 @@ def check_output_archive(path: str | Path) -> Path:
         with file.open("rb") as existing:
             if existing.read(len(MAGIC)) != MAGIC:
                 raise OutputError(f"{file} exists and is no archive; name a new file or remove it yourself")
-    parent = file.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent} is a file, so {file} cannot be written")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"there is no permission to write into {parent}")
+    check_parent(file)
     return file
 
 

@@ -57,12 +57,23 @@ def check_output_folder(path: str | Path) -> Path:
         raise OutputError(f"{folder} exists and is not empty; name a new folder or empty it yourself")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; name a new folder")
-    parent = folder.absolute().parent
+    check_parent(folder)
+    return folder
+
+
+def check_parent(path: Path) -> None:
+    """Check that something can be made at `path`: the nearest folder above it that exists can be written.
+
+    Raises:
+        OutputError: it cannot, or it is a file.
+    """
+    parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is a file, so {path} cannot be written")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"there is no permission to write into {parent}")
-    return folder
 
 
 @contextmanager
@@ -137,13 +148,7 @@ def check_output_file(path: str | Path) -> Path:
         raise OutputError(f"{file} is a folder; name a file")
     if file.exists():
         raise OutputError(f"{file} exists; name a new file or remove it yourself")
-    parent = file.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent} is a file, so {file} cannot be written")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"there is no permission to write into {parent}")
+    check_parent(file)
     return file
 
 

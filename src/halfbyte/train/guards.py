@@ -34,6 +34,8 @@ from halfbyte.train.sampling import ByLength
 from halfbyte.train.state import generators, set_generators
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from halfbyte.train.recipe import Recipe
 
 
@@ -172,6 +174,11 @@ def _watch_outputs(model: torch.nn.Module) -> Iterator[list[str]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What rows are padded with; it is masked and carries no label, so the end token will do."""
+    return int(tokenizer.eos_token_id or 0) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def options(recipe: Recipe, folder: Path, rows: int) -> dict[str, Any]:

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import KTOConfig, KTOTrainer
 
-from halfbyte.data import IGNORE, pad_rows
-from halfbyte.train.guards import Guards, float32_masters, options
-from halfbyte.train.reference import REFERENCE, answer_outputs, no_second_adapter, with_reference
+from halfbyte.train.guards import Guards, float32_masters, options, pad_id
+from halfbyte.train.reference import REFERENCE, answer_outputs, no_second_adapter, pad_answers, with_reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,12 +50,7 @@ def collate_judged(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, tor
     """
     batch = {"label": torch.tensor([row["label"] for row in rows])}
     for prefix in ("", KL):
-        sides = []
-        for row in rows:
-            prompt, answer = list(row["prompt_ids"]), list(row[f"{prefix}completion_ids"])
-            sides.append({"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer})
-        padded = pad_rows(sides, pad_id)
-        padded["completion_mask"] = (padded.pop("labels") != IGNORE).long()
+        padded = pad_answers([(row["prompt_ids"], row[f"{prefix}completion_ids"]) for row in rows], pad_id)
         batch |= {prefix + name: values for name, values in padded.items()}
     for name in COLUMNS:
         if name in rows[0]:
@@ -96,7 +90,6 @@ class JudgmentTrainer(Guards, KTOTrainer):
         folder: Path,
         callbacks: list[TrainerCallback],
     ) -> None:
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self.recipe = recipe
         self._measured: list[torch.Tensor] = []
         longest = max(len(p) + len(a) for p, a in zip(rows["prompt_ids"], rows["completion_ids"], strict=True))
@@ -113,7 +106,7 @@ class JudgmentTrainer(Guards, KTOTrainer):
                     precompute_ref_log_probs=recipe.method == "full",
                     **options(recipe, folder, len(rows)),
                 ),
-                data_collator=functools.partial(collate_judged, pad_id=pad_id),
+                data_collator=functools.partial(collate_judged, pad_id=pad_id(tokenizer)),
                 train_dataset=paired["train"],
                 eval_dataset=paired.get("eval"),
                 processing_class=tokenizer,

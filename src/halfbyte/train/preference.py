@@ -18,9 +18,8 @@ import torch
 from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer
 
-from halfbyte.data import IGNORE, pad_rows
-from halfbyte.train.guards import Guards, float32_masters, options
-from halfbyte.train.reference import REFERENCE, answer_outputs, no_second_adapter, with_reference
+from halfbyte.train.guards import Guards, float32_masters, options, pad_id
+from halfbyte.train.reference import REFERENCE, answer_outputs, no_second_adapter, pad_answers, with_reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,13 +45,7 @@ def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torc
         `input_ids`, `attention_mask` and `completion_mask` (1 where a token is trained), int64 [2 rows, longest];
         `ref_chosen_logps` and `ref_rejected_logps`, float32 [rows], where rows have them.
     """
-    sides = []
-    for side in SIDES:
-        for row in rows:
-            prompt, answer = list(row["prompt_ids"]), list(row[f"{side}_ids"])
-            sides.append({"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer})
-    batch = pad_rows(sides, pad_id)
-    batch["completion_mask"] = (batch.pop("labels") != IGNORE).long()
+    batch = pad_answers([(row["prompt_ids"], row[f"{side}_ids"]) for side in SIDES for row in rows], pad_id)
     for side in SIDES:
         if f"ref_{side}_logps" in rows[0]:
             batch[f"ref_{side}_logps"] = torch.tensor([row[f"ref_{side}_logps"] for row in rows])
@@ -84,7 +77,6 @@ class PreferenceTrainer(Guards, DPOTrainer):
         folder: Path,
         callbacks: list[TrainerCallback],
     ) -> None:
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self.recipe = recipe
         with float32_masters(model), no_second_adapter(model):
             super().__init__(
@@ -97,7 +89,7 @@ class PreferenceTrainer(Guards, DPOTrainer):
                     precompute_ref_log_probs=recipe.method == "full",
                     **options(recipe, folder, len(rows)),
                 ),
-                data_collator=functools.partial(collate_pairs, pad_id=pad_id),
+                data_collator=functools.partial(collate_pairs, pad_id=pad_id(tokenizer)),
                 train_dataset=rows,
                 eval_dataset=eval_rows,
                 processing_class=tokenizer,

@@ -21,12 +21,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from halfbyte.data import IGNORE
+from halfbyte.data import IGNORE, pad_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 REFERENCE = "reference.safetensors"
+
+
+def pad_answers(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Prompts with their answers behind them, in the layout of trl's preference trainers.
+
+    Returns:
+        `input_ids`, `attention_mask` and `completion_mask` (1 where a token is trained), int64 [pairs, longest].
+    """
+    rows = [{"input_ids": [*given, *said], "labels": [IGNORE] * len(given) + list(said)} for given, said in pairs]
+    batch = pad_rows(rows, pad_id)
+    batch["completion_mask"] = (batch.pop("labels") != IGNORE).long()
+    return batch
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte.data import IGNORE, pad_rows
-from halfbyte.train.guards import Guards, float32_masters, options
+from halfbyte.train.guards import Guards, float32_masters, options, pad_id
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,7 +91,6 @@ class Trainer(Guards, ModelLoss):
         folder: Path,
         callbacks: list[TrainerCallback],
     ) -> None:
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self.recipe = recipe
         with float32_masters(model):
             super().__init__(
@@ -101,7 +100,7 @@ class Trainer(Guards, ModelLoss):
                     dataset_kwargs={"skip_prepare_dataset": True},
                     **options(recipe, folder, len(rows)),
                 ),
-                data_collator=functools.partial(pad_rows, pad_id=pad_id),
+                data_collator=functools.partial(pad_rows, pad_id=pad_id(tokenizer)),
                 train_dataset=rows,
                 eval_dataset=eval_rows,
                 processing_class=tokenizer,
