@@ -25,32 +25,12 @@ from typing import Any
 
 import torch
 from _assets import finish, table
+from _llama import write_llama
 
 from halfbyte.models import Archive, HalfbyteConfig, describe, load_model, quantize_to_archive
 from halfbyte.tensor import QuantizedTensor
 
 ROUNDS = 3
-
-
-def make_model(folder: Path, layers: int) -> None:
-    """A random Llama, saved."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        dtype="bfloat16",
-    )
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
-    model.save_pretrained(folder)
 
 
 def copy(source: Path, target: Path, size: int) -> None:
@@ -152,7 +132,7 @@ def main() -> None:
     layers = options.layers
     with tempfile.TemporaryDirectory() as name:
         folder, plain, compressed = Path(name) / "model", Path(name) / "plain.nf4dq", Path(name) / "compressed.nf4dq"
-        make_model(folder, layers)
+        write_llama(folder, layers)
         quantize_to_archive(folder, plain, HalfbyteConfig())
         quantize_to_archive(folder, compressed, HalfbyteConfig(), compress=True)
         check(folder, [plain, compressed])

@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from _assets import assets, finish, table
+from _llama import write_llama
 
 PROMPT = 16  # tokens before those that are timed
 DECODED = 32
@@ -34,23 +35,10 @@ PREFILLS = (16, 128, 512, 2000)
 
 def write_model(folder: Path, layers: int) -> None:
     """The random base in bfloat16, with the first 32,000 entries of GPT-2's tokenizer."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32_000,
-        max_position_embeddings=4096,
-        bos_token_id=31_999,
-        eos_token_id=31_999,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    write_llama(folder, layers, max_position_embeddings=4096, bos_token_id=31_999, eos_token_id=31_999)
     source = assets() / "tokenizers" / "gpt2"
     every = sorted(json.loads((source / "encoder.json").read_text()).items(), key=lambda item: item[1])
     vocabulary = dict(every[:31_999])

@@ -23,28 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from _assets import finish, table
+from _llama import write_llama
 
 CONTENDERS = ("halfbyte", "bitsandbytes", "lora")
 LABELS = {"halfbyte": "halfbyte QLoRA", "bitsandbytes": "bitsandbytes + peft QLoRA", "lora": "peft LoRA bf16"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def write_model(folder: Path, layers: int) -> None:
-    """The random base, written as bfloat16 safetensors."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32_000,
-        max_position_embeddings=2048,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def load(contender: str, folder: Path) -> Any:
@@ -149,7 +132,7 @@ def main() -> None:
         return contend(options.contender, options.folder, options)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), options.layers)
+        write_llama(Path(folder), options.layers, max_position_embeddings=2048)
         for name, checkpointing in (("train step", False), ("with gradient checkpointing", True)):
             results[name] = run(checkpointing, Path(folder), options)
             losses = [one["loss"] for one in results[name].values()]

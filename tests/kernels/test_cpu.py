@@ -36,15 +36,6 @@ if isinstance(NATIVE, Native) and os.environ.get("HALFBYTE_KERNELS") == "referen
     pytestmark = pytest.mark.skip(reason="HALFBYTE_KERNELS=reference")
 
 
-@pytest.fixture(params=NATIVE.isas() if isinstance(NATIVE, Native) else ())
-def isa(request):
-    """Every instruction set in turn; afterwards the one that was chosen."""
-    before = NATIVE.isa
-    NATIVE.use(request.param)
-    yield request.param
-    NATIVE.use(before)
-
-
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()

@@ -28,15 +28,6 @@ SHAPES = {  # hidden, ffn, heads, kv_heads, head_dim
 }
 
 
-@pytest.fixture(params=NATIVE.isas() if isinstance(NATIVE, Native) else ())
-def isa(request):
-    """Each instruction set of this CPU in turn."""
-    before = NATIVE.isa
-    NATIVE.use(request.param)
-    yield request.param
-    NATIVE.use(before)
-
-
 def matrix(n, k, packed=True, bias=False, block_size=64):
     weight = torch.randn(n, k) / k**0.5
     quantized = hb.quantize(weight, block_size=block_size).packed() if packed else weight

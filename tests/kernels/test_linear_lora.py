@@ -23,15 +23,6 @@ WEIGHTS = ((1, 64, 64), (37, 192, 32), (65, 256, 64), (130, 1024, 512))
 pytestmark = pytest.mark.skipif(not isinstance(NATIVE, Native), reason="there is no native library")
 
 
-@pytest.fixture(params=NATIVE.isas() if isinstance(NATIVE, Native) else ())
-def isa(request):
-    """Every instruction set in turn; afterwards the one that was chosen."""
-    before = NATIVE.isa
-    NATIVE.use(request.param)
-    yield request.param
-    NATIVE.use(before)
-
-
 @pytest.fixture
 def threads():
     """Sets the number of threads, and puts it back."""
