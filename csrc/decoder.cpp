@@ -6,7 +6,7 @@
 //   norm -> prepare, adapters' A -> query, key, value -> rotate, store -> attend
 //        -> prepare, A -> output, + residual -> norm -> prepare, A -> gate, up, activation -> prepare, A -> down, + residual
 //
-// Products are those of hb_linear, with the same bits; a matrix that they do not take is dense.
+// Products are the few-row kernels of hb_linear; a matrix that they do not take is dense.
 #include <algorithm>
 
 #include "kernels.h"

@@ -1,6 +1,7 @@
 // Products with AMX: tiles of 16 x 32 bf16 weights, decoded into the first-level cache and multiplied by the matrix unit.
 //
-// For 17 to 32 rows of x: fewer go to linear_few_amx.cpp and to the vector kernels, more to linear_gemm_amx.cpp.
+// For 17 to kPassRows rows of x: fewer go to linear_few_amx.cpp and to the vector kernels. hb_linear gives more than 32 to
+// linear_gemm_amx.cpp; a decoder's step brings them here.
 //
 // W is the left operand, decoded row by row; x^T is the right one, laid out once a call as the unit wants it (pairs of
 // columns side by side). Weights are not put back into order: a group of 64 columns becomes a tile of its even and one
@@ -8,7 +9,8 @@
 //
 //   for 32 rows of W (two tiles)            4 sums, [tile of x][tile of W]: the unit's pipeline needs independent ones
 //     for 512 columns                       32 KiB of weights are decoded: what the first-level cache holds beside x
-//       for 64 columns: 8 tile products
+//       for 32 rows of x
+//         for 64 columns: 8 tile products
 #include "amx.h"
 #include "scratch.h"
 #include "tiles.h"
@@ -21,7 +23,9 @@ constexpr int64_t kBlockRows = 2 * kTile;        // rows of W, and of x, that fo
 constexpr int64_t kChunk = 512;                  // columns decoded at a time
 constexpr int64_t kVectorRows = 2;               // up to here the vector kernel is faster
 constexpr int64_t kFewRows = 16;                 // up to here linear_few_amx
-static_assert(kGemmRows == kBlockRows + 1, "one block of x is all that comes here");
+constexpr int64_t kMostBlocks = kPassRows / kBlockRows;
+
+int64_t row_blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
 // The kernel for rows that are too few for this one, or null.
 const Linear *other(int64_t rows, int dtype) {
@@ -32,10 +36,10 @@ const Linear *other(int64_t rows, int dtype) {
 int64_t scratch_bytes(const hb_weight &w, int64_t rows, int64_t k) {
     // The type of x is not known here: room for the float32 kernel's copy, which needs the most.
     const int64_t few = rows <= kFewRows ? linear_few_amx.scratch_size(w, rows, k) : 0;
-    return std::max({few, linear_avx512bf16.scratch_size(w, rows, k), kBlockRows * k * 2});
+    return std::max({few, linear_avx512bf16.scratch_size(w, rows, k), row_blocks(rows) * kBlockRows * k * 2});
 }
 
-// x -> [group of 64 columns][tile of 16 rows][even, odd][16 pairs][16 rows][2].
+// x -> [block of 32 rows][group of 64 columns][tile of 16 rows][even, odd][16 pairs][16 rows][2].
 void prepare(const hb_weight &w, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
     if (const Linear *kernel = other(rows, dtype)) return kernel->prepare(w, x, dtype, rows, k, scratch);
     alignas(64) uint16_t order[64];
@@ -44,8 +48,9 @@ void prepare(const hb_weight &w, const void *x, int dtype, int64_t rows, int64_t
     const __m512i pairs = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                              _mm512_set1_epi32(int(kRowBytes)));
     const int64_t step = kBlockRows * kGroup;
-    for (int64_t row = 0; row < kBlockRows; ++row) {
-        uint16_t *out = static_cast<uint16_t *>(scratch) + row / kTile * 2 * kTileWords + row % kTile * 2;
+    for (int64_t row = 0; row < row_blocks(rows) * kBlockRows; ++row) {
+        uint16_t *out = static_cast<uint16_t *>(scratch) + row / kBlockRows * kBlockRows * k +
+                        row % kBlockRows / kTile * 2 * kTileWords + row % kTile * 2;
         for (int64_t at = 0; at < k; at += kGroup, out += step) {
             __m512i a = _mm512_setzero_si512(), b = a;
             if (row < rows) {
@@ -132,7 +137,7 @@ inline void write_tile(const float *sums, int64_t n, int64_t row, int64_t rows, 
 bool run_block(const hb_weight &w, int64_t n, int64_t k, const uint16_t *x, int64_t rows, const uint16_t *bias,
                uint16_t *out, int64_t first, int64_t last) {
     alignas(64) uint16_t tiles[kBlockRows * kChunk];
-    alignas(64) float sums[4 * kSum];
+    alignas(64) float sums[kMostBlocks][4 * kSum];
     const __m512 values = _mm512_load_ps(kCodebooks[w.format].values);
     const auto decode = w.block_size < kGroup ? decode_row<true> : decode_row<false>;
     const int64_t blocks = k / w.block_size;
@@ -140,21 +145,23 @@ bool run_block(const hb_weight &w, int64_t n, int64_t k, const uint16_t *x, int6
     if (!memory.data()) return false;
     float *const scales = static_cast<float *>(memory.data());
     for (int64_t column = first; column < last; column += kBlockRows) {
-        std::fill(sums, sums + 4 * kSum, 0.0f);
+        std::memset(sums, 0, size_t(row_blocks(rows)) * sizeof *sums);
         for (int64_t r = 0; r < kBlockRows; ++r) {  // rows past the end repeat the last one and are not written
             decode_scales(w, std::min(column + r, last - 1) * blocks, blocks, scales + r * blocks);
         }
         for (int64_t at = 0; at < k; at += kChunk) {
-            const int64_t width = std::min(kChunk, k - at), block = at / w.block_size;
+            const int64_t width = std::min(kChunk, k - at), first_scale = at / w.block_size;
             for (int64_t r = 0; r < kBlockRows; ++r) {
                 const uint8_t *const codes = w.codes + (std::min(column + r, last - 1) * k + at) / 2;
-                decode(values, codes, scales + r * blocks + block, width, w.block_size,
+                decode(values, codes, scales + r * blocks + first_scale, width, w.block_size,
                        tiles + r / kTile * 2 * kTileWords + r % kTile * 32);
             }
-            multiply(tiles, x + at * kBlockRows, width / kGroup, sums);
+            for (int64_t block = 0; block < row_blocks(rows); ++block) {
+                multiply(tiles, x + (block * k + at) * kBlockRows, width / kGroup, sums[block]);
+            }
         }
-        for (int64_t tile = 0; tile < 4; ++tile) {
-            write_tile(sums + tile * kSum, n, tile / 2 * kTile, rows, column + tile % 2 * kTile, last, bias, out);
+        for (int64_t tile = 0; tile < 4 * row_blocks(rows); ++tile) {
+            write_tile(sums[tile / 4] + tile % 4 * kSum, n, tile / 2 * kTile, rows, column + tile % 2 * kTile, last, bias, out);
         }
     }
     return true;

@@ -155,13 +155,14 @@ def test_each_row_has_its_own_mix_of_adapters(isa, dtype):
     assert not torch.allclose(plain[0][:2], got[:2], rtol=0.01, atol=0.01)
 
 
-def test_bfloat16_activations_stay_within_their_rounding(isa):
+@pytest.mark.parametrize("rows", [3, 17, 20, 33, 64, STEP_ROWS])
+def test_bfloat16_activations_stay_within_their_rounding(isa, rows):
     """Two layers of products whose inputs are rounded to 2**-9; logits around 1, sums of squares of 9 roundings."""
     net = network("groups of two")
     exact, _ = both(net)
     _, native = both(net, torch.bfloat16, torch.bfloat16)
-    tokens = list(range(1, 21))
-    got, wanted = (d.step(tokens, [0] * 20, list(range(20))) for d in (native, exact))
+    tokens = torch.randint(VOCABULARY, (rows,)).tolist()
+    got, wanted = (d.step(tokens, [0] * rows, list(range(rows))) for d in (native, exact))
     assert (got - wanted).square().mean().sqrt() < 9 * 2**-9 * wanted.square().mean().sqrt()
     assert not torch.equal(got, wanted)
 

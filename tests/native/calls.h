@@ -9,10 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "random.h"
-
-// What an output holds. NaNs of every payload are equal: their bits differ between processors and mean nothing.
-enum class Element { kByte, kFloat32, kBfloat16, kFloat16 };
+#include "values.h"
 
 struct Output {
     int64_t bytes;
@@ -31,4 +28,21 @@ struct Call {
 // The call that belongs to a seed.
 Call random_call(uint64_t seed);
 
-double to_double(const void *data, Element element, int64_t at);
+// Of packed weights (weight_calls.cpp).
+Call quantize(Random &random);
+Call quantize_scales(Random &random);
+Call dequantize(Random &random);
+Call dequantize_rows(Random &random);
+Call product(Random &random, bool backward);  // linear, or linear_grad_input where `backward`
+Call linear_lora(Random &random);
+
+// Of a training step (training_calls.cpp).
+Call adamw(Random &random);
+Call adamw_norms(Random &random);
+Call swiglu(Random &random);
+Call rotary(Random &random);
+Call rms_norm(Random &random);
+Call cross_entropy(Random &random);
+
+// Of a decoder (decoder_calls.cpp).
+Call decode(Random &random);

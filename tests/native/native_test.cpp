@@ -4,9 +4,10 @@
 //   native_test --case SEED          one case again, as a failure names it
 //
 // For each case and each instruction set that this machine has: the results equal the generic ones to the bit
-// (products: lie within a derived bound of the exact one), no byte beside a buffer is read or written, and neither
-// several threads in a call nor several callers at once change a bit. The last line says how much was run; its digest
-// is over the results that have to be equal everywhere, so it is the same on every processor.
+// (products: lie within a derived bound of the exact one; a decoder's step: within a measured one of plain C++), no byte
+// beside a buffer is read or written, and neither several threads in a call nor several callers at once change a bit.
+// The last line says how much was run; its digest is over the results that have to be equal everywhere, so it is the
+// same on every processor.
 #include <chrono>
 #include <cinttypes>
 #include <cmath>
@@ -78,6 +79,7 @@ uint32_t bits_at(const Guarded &result, Element element, int64_t at) {
 
 // What is wrong with the results, or nothing. `expected` is null for the first run of a product.
 std::string difference(const Call &call, const Results &results, const Results *expected) {
+    size_t first = 0;  // of the output's elements among those of all outputs
     for (size_t i = 0; i < results.size(); ++i) {
         const Element element = call.outputs[i].element;
         const int64_t count = call.outputs[i].bytes / element_size(element);
@@ -88,13 +90,15 @@ std::string difference(const Call &call, const Results &results, const Results *
                 return place + std::to_string(at) + ": other bits";
             }
             if (!call.exact.empty()) {
-                const double found = to_double(results[i]->data(), element, at), exact = call.exact[size_t(at)];
-                if (!(std::fabs(found - exact) <= call.allowed[size_t(at)])) {
+                const double found = to_double(results[i]->data(), element, at), exact = call.exact[first + size_t(at)],
+                             allowed = call.allowed[first + size_t(at)];
+                if (!(std::fabs(found - exact) <= allowed)) {
                     return place + std::to_string(at) + ": " + std::to_string(found) + " instead of " +
-                           std::to_string(exact) + ", allowed error " + std::to_string(call.allowed[size_t(at)]);
+                           std::to_string(exact) + ", allowed error " + std::to_string(allowed);
                 }
             }
         }
+        first += size_t(count);
     }
     return "";
 }
