@@ -153,6 +153,7 @@ void dequantize_avx512(const hb_weight &, int64_t, int64_t, int, void *);
 void quantize_avx512(const void *, int, int64_t, int64_t, int64_t, uint8_t *, float *);
 extern const GradInput grad_input_avx512;
 extern const Linear linear_avx512;
+extern const Linear linear_rows_avx512;
 extern const Lora lora_avx512;
 extern const Rowwise rowwise_avx512;
 extern const DecoderOps decoder_avx512;

@@ -1,4 +1,4 @@
-// Few-row products with AVX512: weights are decoded into registers, never into memory.
+// Products of up to 8 rows with AVX512: weights are decoded into registers, never into memory.
 //
 // Codes are not widened. 64 bytes of them, 128 weights, are 16 words of eight codes; a lookup in a register of 16
 // floats reads the lowest 4 bits of a word, so eight lookups at shifts of 0, 4 .. 28 decode them all. Lookup `place`
@@ -93,7 +93,7 @@ inline __m512 widen(__m256i bfloat16s) {
 }
 
 // x -> [group][row][place][16].
-void prepare(const hb_weight &, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
+void prepare_tiles(const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
     const int64_t padded = padded_rows(rows);
     for (int64_t at = 0; at < k; at += Kernel::kGroup) {
         for (int64_t row = 0; row < padded; ++row) {
@@ -119,8 +119,25 @@ void prepare(const hb_weight &, const void *x, int dtype, int64_t rows, int64_t 
     }
 }
 
+constexpr int64_t kRows = 8;  // up to here; more go to linear_rows_avx512.cpp
+
+int64_t scratch_bytes(const hb_weight &w, int64_t rows, int64_t k) {
+    return rows <= kRows ? scratch_size<Kernel>(w, rows, k) : linear_rows_avx512.scratch_size(w, rows, k);
+}
+
+void prepare(const hb_weight &w, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
+    if (rows > kRows) return linear_rows_avx512.prepare(w, x, dtype, rows, k, scratch);
+    prepare_tiles(x, dtype, rows, k, scratch);
+}
+
+bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t rows, int dtype, const void *bias,
+         void *out, int64_t first, int64_t last) {
+    const auto product = rows > kRows ? linear_rows_avx512.run : run_tiles<Kernel>;
+    return product(w, n, k, scratch, rows, dtype, bias, out, first, last);
+}
+
 }  // namespace
 
-const Linear linear_avx512 = {scratch_size<Kernel>, prepare, run_tiles<Kernel>};
+const Linear linear_avx512 = {scratch_bytes, prepare, run};
 
 }  // namespace halfbyte

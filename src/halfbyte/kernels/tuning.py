@@ -49,7 +49,7 @@ TUNING: dict[str, Tuning] = {
     "avx2": Tuning(8, 8, 8, 8, _LARGE, float_panels=True),
     "neon": Tuning(8, 8, 8, 8, _LARGE, float_panels=True),
     "neonbf16": Tuning(16, 8, 8, 8, _LARGE),
-    "avx512": Tuning(16, 32, 16, 16, _LARGE, float_panels=True),
-    "avx512bf16": Tuning(16, 32, 16, 16, _LARGE),
-    "amx": Tuning(_ANY, 32, _ANY, 16, _LARGE),
+    "avx512": Tuning(128, 128, 16, 16, _LARGE, float_panels=True),
+    "avx512bf16": Tuning(16, 128, 16, 16, _LARGE),
+    "amx": Tuning(_ANY, 128, _ANY, 16, _LARGE),
 }
