@@ -34,18 +34,45 @@ int64_t scratch_bytes(const hb_weight &, int64_t rows, int64_t k) {
     return padded(rows) * groups_of(k) * kGroup * int64_t(sizeof(float));
 }
 
+// The lanes of a vector, `stride` apart.
+__m512i apart(int64_t stride) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_mullo_epi32(lanes, _mm512_set1_epi32(int(stride)));
+}
+
+// One column of 16 rows of x, of which the first `count` are there.
+template <class T>
+__m512 column_of(const T *x, int64_t k, int64_t count) {
+    alignas(64) float lanes[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = to_float(x[i * k]);
+    return _mm512_load_ps(lanes);
+}
+template <>
+__m512 column_of(const float *x, int64_t k, int64_t count) {
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), __mmask16((1u << count) - 1), apart(k), x, 4);
+}
+
 // x -> [block of rows][group][place][lane of the lookup][rows of the block].
-void prepare(const hb_weight &, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
-    std::memset(scratch, 0, size_t(padded(rows) * groups_of(k) * kGroup) * sizeof(float));
-    for (int64_t row = 0; row < rows; ++row) {
+template <class T>
+void prepare_of(const T *x, int64_t rows, int64_t k, float *scratch) {
+    for (int64_t row = 0; row < rows; row += kLanes) {
         const int64_t block = row / kBlockRows * kBlockRows, width = vectors(rows, block) * kLanes;
-        float *const out = static_cast<float *>(scratch) + block * groups_of(k) * kGroup + row % kBlockRows;
-        for (int64_t at = 0; at < k; at += 8) {  // a word: lane at / 8 of its group
-            float *const word = out + (at / kGroup * kGroup + at % kGroup / 8) * width;
-            for (int64_t i = 0; i < kPlaces; ++i) {  // the high nibble of a byte comes first
-                word[(i ^ 1) * kLanes * width] = load(x, dtype, row * k + at + i);
-            }
+        float *const out = scratch + block * groups_of(k) * kGroup + row % kBlockRows;
+        const int64_t count = std::min(kLanes, rows - row);
+        for (int64_t at = 0; at < groups_of(k) * kGroup; ++at) {  // a word of 8: lane at / 8 of its group
+            const int64_t place = at % kPlaces ^ 1;               // the high nibble of a byte comes first
+            float *const to = out + (at / kGroup * kGroup + place * kLanes + at % kGroup / kPlaces) * width;
+            _mm512_store_ps(to, at < k ? column_of(x + row * k + at, k, count) : _mm512_setzero_ps());
         }
+    }
+}
+
+void prepare(const hb_weight &, const void *x, int dtype, int64_t rows, int64_t k, void *scratch) {
+    float *const out = static_cast<float *>(scratch);
+    switch (dtype) {
+        case HB_FLOAT32: return prepare_of(static_cast<const float *>(x), rows, k, out);
+        case HB_BFLOAT16: return prepare_of(static_cast<const bfloat16 *>(x), rows, k, out);
+        default: return prepare_of(static_cast<const float16 *>(x), rows, k, out);
     }
 }
 
@@ -127,9 +154,13 @@ bool run(const hb_weight &w, int64_t n, int64_t k, const void *scratch, int64_t 
     }
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t block = row / kBlockRows * kBlockRows, width = vectors(rows, block) * kLanes;
-        for (int64_t column = first; column < last; ++column) {
-            const float *const tile = sums[(column - first) / kTile] + block * kTile;
-            finish(tile[(column - first) % kTile * width + row % kBlockRows], dtype, bias, column, out, row * n + column);
+        for (int64_t column = first; column < last; column += kTile) {
+            alignas(64) float of_row[kTile];
+            const float *const tile = sums[(column - first) / kTile] + block * kTile + row % kBlockRows;
+            _mm512_store_ps(of_row, _mm512_i32gather_ps(apart(width), tile, 4));
+            for (int64_t i = 0; i < std::min(kTile, last - column); ++i) {
+                finish(of_row[i], dtype, bias, column + i, out, row * n + column + i);
+            }
         }
     }
     return true;
