@@ -53,7 +53,7 @@ def run(method: str, seed: int, steps: int, learning_rate: float, folder: Path) 
     )
 
     def evaluator(model: Any, tokenizer: Any, examples: Any) -> dict[str, float]:
-        result = perplexity(model, tokenizer, examples[0].text, max_length=WINDOW, batch_size=16)
+        result = perplexity(model, tokenizer, next(iter(examples)).text, max_length=WINDOW, batch_size=16)
         return {"loss": result.loss, "perplexity": result.perplexity}
 
     return train(recipe, evaluator=evaluator, console=Console(quiet=True))

@@ -59,7 +59,7 @@ def wikitext(seed: int, steps: int, folder: Path, keys: dict[str, str]) -> tuple
     )
 
     def evaluator(model: Any, tokenizer: Any, examples: Any) -> dict[str, float]:
-        return {"loss": perplexity(model, tokenizer, examples[0].text, max_length=window, batch_size=16).loss}
+        return {"loss": perplexity(model, tokenizer, next(iter(examples)).text, max_length=window, batch_size=16).loss}
 
     return recipe, evaluator
 
