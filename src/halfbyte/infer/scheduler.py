@@ -75,6 +75,7 @@ class Statistics:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"prompt": 0.0, "step": 0.0, "sampling": 0.0})
+    parts: dict[str, float] = field(default_factory=dict)  # of the decoders' own time; filled in by `Engine.snapshot`
 
 
 class Scheduler:

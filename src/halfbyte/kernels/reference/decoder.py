@@ -173,7 +173,8 @@ class TorchDecoder:
         group = self.network.heads // self.network.kv_heads
         y = functional.scaled_dot_product_attention(
             query.transpose(0, 1).unflatten(0, (-1, group)),
-            *(heads[:, None].expand(-1, group, -1, -1) for heads in (keys, values)),
+            keys[:, None].expand(-1, group, -1, -1),
+            values[:, None].expand(-1, group, -1, -1),
             mask,
             is_causal=whole,
             scale=self.network.attention_scale,
