@@ -8,6 +8,7 @@
 //
 // Products are the few-row kernels of hb_linear; a matrix that they do not take is dense.
 #include <algorithm>
+#include <chrono>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -43,6 +44,26 @@ void prefetch(const hb_matrix &m) {
     (void)m;
 #endif
 }
+
+// Adds up the time that one thread, and so all of them, spends in each part of a step: a clock is read a dozen times a layer.
+class Laps {
+  public:
+    explicit Laps(int64_t *nanoseconds) : to_(nanoseconds), at_(nanoseconds ? now() : 0) {}
+
+    // What was done since the last call, or since the beginning, belongs to `part`.
+    void lap(hb_part part) {
+        if (!to_) return;
+        const int64_t then = at_;
+        at_ = now();
+        to_[part] += at_ - then;
+    }
+
+  private:
+    static int64_t now() {
+        return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    }
+    int64_t *to_, at_;
+};
 
 class Step {
   public:
@@ -86,8 +107,10 @@ class Step {
         lay_out(static_cast<char *>(memory.data()));
         for (int64_t i = 0; i < d_.layer_count * kPhasesOfLayer + 4; ++i) new (phases_ + i) Crew::Phase;
         run_crew(threads, phases_, [this](Crew crew) {
-            for (int64_t i = 0; i < d_.layer_count; ++i) layer(crew, i);
-            if (s_.logits) head(crew);
+            Laps laps(timed_.exchange(true) ? nullptr : s_.nanoseconds);
+            for (int64_t i = 0; i < d_.layer_count; ++i) layer(crew, laps, i);
+            if (s_.wanted_count) head(crew);
+            laps.lap(HB_PART_HEAD);
         });
         return failed_;
     }
@@ -109,17 +132,21 @@ class Step {
     }
 
     void measure(const hb_matrix &m) {
-        if (m.packed) prepared_size_ = std::max(prepared_size_, linear_.scratch_size(*m.packed, s_.rows, m.k));
+        for (const int64_t rows : {s_.rows, s_.wanted_count}) {  // fewer rows may take a kernel that needs more
+            if (m.packed && rows) prepared_size_ = std::max(prepared_size_, linear_.scratch_size(*m.packed, rows, m.k));
+        }
         for (int64_t i = 0; m.loras && i < entries_; ++i) {
             width_ = std::max(width_, lora_width(m.loras[s_.adapter[i]].rank));
         }
     }
 
-    void layer(Crew &crew, int64_t number) {
+    void layer(Crew &crew, Laps &laps, int64_t number) {
         const hb_layer &l = d_.layers[number];
         const int64_t heads = s_.rows * d_.kv_heads, group = d_.heads / d_.kv_heads;
         normalize(crew, l.attention_norm, d_.prefetch && number + 1 < d_.layer_count ? d_.layers + number + 1 : nullptr);
-        multiply<3>(crew, {{l.query, queries_}, {l.key, keys_}, {l.value, values_}}, x_, nothing);
+        laps.lap(HB_PART_NORMS);
+        multiply<3>(crew, {{l.query, queries_}, {l.key, keys_}, {l.value, values_}}, x_, s_.rows, nothing);
+        laps.lap(HB_PART_PRODUCTS);
         const auto at = [&](int64_t piece) {
             const int64_t row = piece / d_.kv_heads;
             return HeadAt{d_, l, number, s_.slot[row], s_.position[row], piece % d_.kv_heads};
@@ -132,21 +159,25 @@ class Step {
             ops_.attend(at(i), queries_ + first, x_ + first);
             if (s_.dtype == HB_BFLOAT16) ops_.round(x_ + first, group * d_.head_dim, rounded_ + first);
         });
-        multiply<1>(crew, {{l.output, sums_}}, x_, add_to_hidden(sums_));
+        laps.lap(HB_PART_ATTENTION);
+        multiply<1>(crew, {{l.output, sums_}}, x_, s_.rows, add_to_hidden(sums_));
+        laps.lap(HB_PART_PRODUCTS);
         normalize(crew, l.mlp_norm, nullptr);
-        multiply<2>(crew, {{l.gate, gates_}, {l.up, up_}}, x_, [&](int64_t first, int64_t last) {
+        laps.lap(HB_PART_NORMS);
+        multiply<2>(crew, {{l.gate, gates_}, {l.up, up_}}, x_, s_.rows, [&](int64_t first, int64_t last) {
             for (int64_t row = 0; row < s_.rows; ++row) {
                 const int64_t from = row * d_.ffn + first;
                 ops_.gate(d_.activation, gates_ + from, up_ + from, last - first, gates_ + from);
                 if (s_.dtype == HB_BFLOAT16) ops_.round(gates_ + from, last - first, rounded_ + from);
             }
         });
-        multiply<1>(crew, {{l.down, sums_}}, gates_, add_to_hidden(sums_));
+        multiply<1>(crew, {{l.down, sums_}}, gates_, s_.rows, add_to_hidden(sums_));
+        laps.lap(HB_PART_PRODUCTS);
     }
 
     void head(Crew &crew) {
-        normalize(crew, d_.final_norm, nullptr);
-        multiply<1>(crew, {{d_.head, s_.logits}}, x_, nothing);
+        crew.phase(s_.wanted_count, [&](int64_t i) { normalize_row(s_.wanted[i], d_.final_norm, i); });
+        multiply<1>(crew, {{d_.head, s_.logits}}, x_, s_.wanted_count, nothing);
     }
 
     static void nothing(int64_t, int64_t) {}
@@ -161,33 +192,37 @@ class Step {
                 }
                 return;
             }
-            float *const x = x_ + row * d_.hidden;
-            ops_.rms_norm(s_.hidden + row * d_.hidden, weight, d_.hidden, d_.eps, x);
-            if (s_.dtype == HB_BFLOAT16) ops_.round(x, d_.hidden, rounded_ + row * d_.hidden);
+            normalize_row(row, weight, row);
         });
+    }
+
+    void normalize_row(int64_t row, const float *weight, int64_t to) {
+        float *const x = x_ + to * d_.hidden;
+        ops_.rms_norm(s_.hidden + row * d_.hidden, weight, d_.hidden, d_.eps, x);
+        if (s_.dtype == HB_BFLOAT16) ops_.round(x, d_.hidden, rounded_ + to * d_.hidden);
     }
 
     // Products of matrices that share x [rows, k]; then `after(first, last)` for each piece of outputs, which with two
     // members means the same outputs of both.
     template <int N, class After>
-    void multiply(Crew &crew, const Member (&members)[N], const float *x, After after) {
+    void multiply(Crew &crew, const Member (&members)[N], const float *x, int64_t rows, After after) {
         for (int begin = 0; begin < N;) {
             int end = begin + 1;
             while (end < N && (same_order(members[begin].matrix, members[end].matrix) ||
                                (!members[begin].matrix.packed && !members[end].matrix.packed))) {
                 ++end;
             }
-            prepare(crew, members + begin, end - begin, x);
+            prepare(crew, members + begin, end - begin, x, rows);
             const bool together = N == 2 && end - begin == N;
             int64_t total = 0;
             for (int i = begin; i < end; ++i) total = together ? pieces_of(members[i].matrix.n) : total + pieces_of(members[i].matrix.n);
             crew.phase(total, [&](int64_t piece) {
                 if (together) {
-                    for (int i = 0; i < N; ++i) finish(members[i], i, x, piece);
+                    for (int i = 0; i < N; ++i) finish(members[i], i, x, rows, piece);
                 } else {
                     int i = begin;
                     while (piece >= pieces_of(members[i].matrix.n)) piece -= pieces_of(members[i++].matrix.n);
-                    finish(members[i], i - begin, x, piece);
+                    finish(members[i], i - begin, x, rows, piece);
                 }
                 if (together || N != 2) after(piece * kColumns, std::min((piece + 1) * kColumns, members[0].matrix.n));
             });
@@ -201,13 +236,13 @@ class Step {
     }
 
     // Puts x into the order of the products, and computes x A^T of each row's adapters.
-    void prepare(Crew &crew, const Member *members, int count, const float *x) {
+    void prepare(Crew &crew, const Member *members, int count, const float *x, int64_t rows) {
         const hb_matrix &first = members[0].matrix;
         const int64_t k = first.k;
         crew.phase(1 + count * entries_, [&](int64_t piece) {
             if (piece == 0) {
                 const void *const from = s_.dtype == HB_FLOAT32 ? static_cast<const void *>(x) : rounded_;
-                if (first.packed) linear_.prepare(*first.packed, from, s_.dtype, s_.rows, k, prepared_);
+                if (first.packed) linear_.prepare(*first.packed, from, s_.dtype, rows, k, prepared_);
                 return;
             }
             const int64_t member = (piece - 1) / entries_, entry = (piece - 1) % entries_;
@@ -233,21 +268,20 @@ class Step {
     float *middle(int64_t member, int64_t entry) { return middles_ + (member * entries_ + entry) * width_; }
 
     // A piece of one product, with its bias and its adapters.
-    void finish(const Member &member, int64_t number, const float *x, int64_t piece) {
+    void finish(const Member &member, int64_t number, const float *x, int64_t rows, int64_t piece) {
         const hb_matrix &m = member.matrix;
         const int64_t first = piece * kColumns, last = std::min(first + kColumns, m.n);
         if (!m.packed) {
-            ops_.dense(m, x, s_.rows, first, last, member.out);
-        } else if (s_.dtype == HB_FLOAT32) {
-            if (!linear_.run(*m.packed, m.n, m.k, prepared_, s_.rows, s_.dtype, nullptr, member.out, first, last)) failed_ = 1;
+            ops_.dense(m, x, rows, first, last, member.out);
         } else {
-            uint16_t *const to = products_ + number * s_.rows * std::max(widest_, d_.head.n);
-            if (!linear_.run(*m.packed, m.n, m.k, prepared_, s_.rows, s_.dtype, nullptr, to, first, last)) failed_ = 1;
-            for (int64_t row = 0; row < s_.rows; ++row) {
-                ops_.widen(to + row * m.n + first, last - first, member.out + row * m.n + first);
+            uint16_t *const words = products_ + number * s_.rows * std::max(widest_, d_.head.n);
+            void *const to = s_.dtype == HB_FLOAT32 ? static_cast<void *>(member.out) : words;
+            if (!linear_.run(*m.packed, m.n, m.k, prepared_, rows, s_.dtype, nullptr, to, first, last)) failed_ = 1;
+            for (int64_t row = 0; s_.dtype != HB_FLOAT32 && row < rows; ++row) {
+                ops_.widen(words + row * m.n + first, last - first, member.out + row * m.n + first);
             }
         }
-        for (int64_t row = 0; row < s_.rows; ++row) {
+        for (int64_t row = 0; row < rows; ++row) {
             float *const out = member.out + row * m.n;
             if (m.bias) ops_.add(m.bias + first, last - first, out + first);
             if (!m.loras || !s_.mix) continue;
@@ -269,6 +303,7 @@ class Step {
     uint16_t *rounded_, *products_;
     void *prepared_;
     std::atomic<int> failed_{0};
+    std::atomic<bool> timed_{false};  // by the thread that comes first
 };
 
 }  // namespace

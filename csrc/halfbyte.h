@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Raised whenever a signature or a struct below changes; kernels/cpu/library.py refuses another number.
-#define HB_ABI 3
+#define HB_ABI 4
 
 // Element types, numbered as in kernels/cpu/library.py.
 enum hb_dtype { HB_FLOAT32 = 0, HB_BFLOAT16 = 1, HB_FLOAT16 = 2 };
@@ -178,7 +178,7 @@ typedef struct hb_decoder {
     const hb_layer *layers;
     const float *final_norm;     // [hidden]
     const float *cosine, *sine;  // [positions, head_dim]
-    hb_matrix head;              // [vocabulary, hidden]
+    hb_matrix head;              // [vocabulary, hidden], without adapters
     int64_t layer_count, hidden, ffn, heads, kv_heads, head_dim;
     // Keys [layers, slots, kv_heads, positions / 16, head_dim, 16]: 16 positions side by side, so that a product with
     // them needs no sum across a register. Values [layers, slots, kv_heads, positions, head_dim].
@@ -190,17 +190,22 @@ typedef struct hb_decoder {
     int32_t prefetch;  // ask for the next layer's pages while this one computes: for weights that are mapped from a file
 } hb_decoder;
 
+// Where a step's time goes. Adapters count as products, the final norm as head; rotating and storing as attention.
+typedef enum hb_part { HB_PART_NORMS, HB_PART_PRODUCTS, HB_PART_ATTENTION, HB_PART_HEAD, HB_PARTS } hb_part;
+
 // Tokens to decode together, at most HB_STEP_ROWS. Several may be of one slot, at different positions.
 enum { HB_STEP_ROWS = 128 };
 typedef struct hb_step {
     float *hidden;               // [rows, hidden]: embeddings in, the last layer's output out
-    float *logits;               // [rows, vocabulary], or null
+    float *logits;               // [wanted_count, vocabulary]
     const int64_t *slot;         // [rows]
     const int64_t *position;     // [rows]
     const int64_t *mix;          // [rows + 1]: row r has the adapters [mix[r], mix[r + 1]) of the next two, or null
     const int64_t *adapter;
     const float *weight;
-    int64_t rows;
+    const int64_t *wanted;       // [wanted_count], at most `rows`: the rows whose logits are computed
+    int64_t *nanoseconds;        // [HB_PARTS], to which the time of each part is added; or null
+    int64_t rows, wanted_count;
     int32_t dtype;               // of the activations that enter a packed product: float32 or bfloat16
 } hb_step;
 

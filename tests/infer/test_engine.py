@@ -16,59 +16,13 @@ from halfbyte.infer.sampling import Sampler
 from halfbyte.models import HalfbyteConfig
 
 FLOAT32 = HalfbyteConfig(block_size=32, compute_dtype=torch.float32)
-PROMPTS = ["a", "bcdefgh" * 3, "bc", "xyz" * 8, "a", "bcdefgh" * 3 + "k"]
+PROMPTS = ["a", "bcdefgh" * 3, "bc", "xyz" * 8, "a", "bcdefgh" * 3 + "k", "lmnop" * 14]
 GREEDY = SamplingParams(max_tokens=16, ignore_end=True)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 
 
-def make_model(family: str, vocabulary: int, folder, **options):
-    """A random model of a family with shapes that the few-row products take in part."""
-    import transformers as t
-
-    kinds = {
-        "llama": (t.LlamaConfig, t.LlamaForCausalLM, {"rope_parameters": ROPE}),
-        "mistral": (t.MistralConfig, t.MistralForCausalLM, {"sliding_window": 7, "head_dim": 16}),
-        "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM, {}),
-        "qwen3": (t.Qwen3Config, t.Qwen3ForCausalLM, {"head_dim": 32}),
-        "gemma": (t.GemmaConfig, t.GemmaForCausalLM, {"head_dim": 24}),
-        "gpt2": (t.GPT2Config, t.GPT2LMHeadModel, {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}),
-    }
-    config, kind, own = kinds[family]
-    shape = {
-        "vocab_size": vocabulary,
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-    }
-    torch.manual_seed(3)
-    model = kind(config(**{**(shape if family != "gpt2" else {"vocab_size": vocabulary}), **own, **options}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # biases and norms that are not what they begin with
-                parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return folder
-
-
-ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_tokenizer):
+def folder(tmp_path_factory, tiny_tokenizer, make_model):
     made = {}
 
     def get(family):
@@ -107,7 +61,7 @@ def test_greedy_answers_are_transformers_own(folder, family):
         assert engine.decoder.startswith("the native decoder")
         wanted = reference(engine.model, map(engine.token_ids, PROMPTS))
         assert len({tuple(answer) for answer in wanted}) > 3
-        assert tokens(engine.generate(PROMPTS, GREEDY)) == wanted  # 2 slots for 6 requests
+        assert tokens(engine.generate(PROMPTS, GREEDY)) == wanted  # 2 slots for 7 requests
         again = engine.generate(PROMPTS, GREEDY)
         assert tokens(again) == wanted
         assert sum(completion.cached_tokens for completion in again) > 0
@@ -120,7 +74,7 @@ def test_a_model_that_is_not_covered_runs_through_transformers_and_says_so(folde
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_angles_that_depend_on_the_length_are_not_covered(tmp_path, tiny_tokenizer, kind):
+def test_angles_that_depend_on_the_length_are_not_covered(tmp_path, tiny_tokenizer, make_model, kind):
     factors = [1.0] * 8
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
     if kind == "longrope":
@@ -141,6 +95,18 @@ def test_the_prefix_of_a_running_request_is_copied(engine):
     assert tokens([second]) == wanted[1:]
     rest = tokens([first.result()])[0]
     assert rest == wanted[0][-len(rest) :]
+
+
+def test_a_prompt_that_is_read_in_chunks_between_the_steps_of_others(engine, monkeypatch):
+    """40 tokens, then all that is left; the others' answers go on meanwhile."""
+    monkeypatch.setattr("halfbyte.infer.scheduler.CHUNK", 40)
+    monkeypatch.setattr("halfbyte.infer.scheduler.CHUNK_ALONE", 40)
+    prompts = [engine.token_ids(text) for text in ("ab", "lmnopqrstu" * 10, "vwxy" * 24)]
+    wanted = reference(engine.model, prompts, 16)
+    first = engine.submit(prompts[0], GREEDY)
+    next(iter(first))
+    assert tokens(engine.generate(prompts[1:], GREEDY)) == wanted[1:]
+    first.result()
 
 
 def test_requests_that_come_while_others_run_change_nothing(engine):

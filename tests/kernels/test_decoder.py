@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from halfbyte.errors import ShapeError
 from halfbyte.kernels import cpu
 from halfbyte.kernels.cpu.decoder import NativeDecoder
 from halfbyte.kernels.cpu.library import Native
-from halfbyte.kernels.decoder import STEP_ROWS, Branch, Cache, Layer, Matrix, Network
+from halfbyte.kernels.decoder import PARTS, STEP_ROWS, Branch, Cache, Layer, Matrix, Network
 from halfbyte.kernels.reference.decoder import TorchDecoder
 
 NATIVE = cpu.native_library()
@@ -167,6 +168,32 @@ def test_bfloat16_activations_stay_within_their_rounding(isa, rows):
     assert not torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_some_rows_are_those_rows(isa, dtype):
+    net = network("groups of two")
+    rows = [1] * 70, [0] * 70, list(range(70))
+    for decoder in both(net, dtype):
+        whole = decoder.step(*rows)
+        for wanted in ([69], [0, 33, 5], list(range(70)), ()):
+            got = decoder.step(*rows, wanted=wanted)
+            assert got.shape == (len(wanted), VOCABULARY)
+            # Fewer rows may take another kernel, whose sums are in another order.
+            close(got, whole[list(wanted)], 2e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_a_step_says_where_its_time_went():
+    net = network("groups of two")
+    for decoder in both(net):
+        before = dict(decoder.seconds)
+        began = time.perf_counter()
+        decoder.step([1] * 40, [0] * 40, list(range(40)))
+        took = time.perf_counter() - began
+        spent = {part: seconds - before[part] for part, seconds in decoder.seconds.items()}
+        assert tuple(spent) == PARTS
+        assert all(seconds > 0 for seconds in spent.values())
+        assert sum(spent.values()) <= took
+
+
 def test_an_8_bit_cache_rounds_each_key_and_value_to_one_part_in_254(isa):
     net = network("groups of two", layers=1)
     reference, native = both(net, cache_dtype=torch.int8)
@@ -201,7 +228,7 @@ def test_a_copied_slot_goes_on_as_the_original():
     net = network("groups of two")
     for cache_dtype in (torch.float32, torch.int8):
         _, native = both(net, cache_dtype=cache_dtype)
-        native.step(list(range(30)), [0] * 30, list(range(30)), logits=False)
+        native.step(list(range(30)), [0] * 30, list(range(30)), wanted=())
         native.cache.copy(0, 2, 21)
         assert torch.equal(native.step([7], [2], [21]), native.step([7], [0], [21]))
 
@@ -219,6 +246,9 @@ def test_bad_input_is_refused_before_a_pointer_is_handed_out():
         ([1, 2], [0], [0, 1]),
         ([1], [0], [0], [[(0, 1.0)]]),
         ([1], [0], [0], [[], []]),
+        ([1], [0], [0], None, [1]),
+        ([1], [0], [0], None, [-1]),
+        ([1], [0], [0], None, [0, 0]),
     ):
         with pytest.raises(ShapeError):
             native.step(*arguments)

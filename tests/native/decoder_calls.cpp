@@ -84,6 +84,7 @@ struct Decoder {
         d.final_norm = numbers(random, d.hidden, 1);
         d.cosine = numbers(random, d.positions * d.head_dim, 1), d.sine = numbers(random, d.positions * d.head_dim, 1);
         d.head = matrix(random, random.between(1, 200), d.hidden);
+        d.head.loras = nullptr;
     }
     Decoder(const Decoder &) = delete;
     Decoder &operator=(const Decoder &) = delete;
@@ -126,7 +127,7 @@ struct Content {
 // Which tokens a step decodes.
 struct Rows {
     Buffer hidden;
-    std::vector<int64_t> slot, position, mix, adapter;
+    std::vector<int64_t> slot, position, mix, adapter, wanted;
     std::vector<float> weight;
 
     Rows(Random &random, const Decoder &decoder) {
@@ -138,6 +139,9 @@ struct Rows {
             slot.push_back(at / d.positions), position.push_back(at % d.positions);
         }
         hidden = floats(random, kTypes[0], rows * d.hidden, Values::kSmooth, 1);
+        for (int64_t row = 0; row < rows; ++row) {
+            if (!random.one_in(4)) wanted.push_back(row);
+        }
         if (!decoder.adapters) return;
         mix.push_back(0);
         for (int64_t row = 0; row < rows; ++row) {
@@ -164,6 +168,9 @@ int run_step(int threads, const Decoder &decoder, const Content &content, const 
     if (!rows.mix.empty()) {
         step.mix = rows.mix.data(), step.adapter = rows.adapter.data(), step.weight = rows.weight.data();
     }
+    int64_t nanoseconds[HB_PARTS] = {};
+    step.wanted = rows.wanted.data(), step.wanted_count = int64_t(rows.wanted.size());
+    step.nanoseconds = threads % 2 ? nanoseconds : nullptr;
     step.rows = rows.count(), step.dtype = dtype;
     return hb_decode(threads, &d, &step) || !now.intact();
 }
@@ -180,7 +187,7 @@ Call decode(Random &random) {
     const Content content(random, d);
     const Rows rows(random, *decoder);
     const Type &type = kTypes[random.below(2)];
-    const bool logits = !random.one_in(8);
+    const int64_t wanted = int64_t(rows.wanted.size());
     const double tolerance = type.number == HB_BFLOAT16 ? 0.2 : d.cache_dtype == HB_FLOAT32 ? 1e-4 : 0.02;
     Call call;
     call.text = described("decode: hidden %d, ffn %d, heads %d of %d, dim %d, ", d.hidden, d.ffn, d.heads, d.kv_heads,
@@ -189,18 +196,18 @@ Call decode(Random &random) {
                           d.cache_dtype) +
                 type.name;
     call.outputs = {{4 * rows.count() * d.hidden, Element::kFloat32}};
-    if (logits) call.outputs.push_back({4 * rows.count() * d.head.n, Element::kFloat32});
+    if (wanted) call.outputs.push_back({4 * wanted * d.head.n, Element::kFloat32});
     hb_set_isa(HB_GENERIC);
-    std::vector<float> hidden(size_t(rows.count() * d.hidden)), scores(size_t(logits ? rows.count() * d.head.n : 0));
-    run_step(1, *decoder, content, rows, HB_FLOAT32, hidden.data(), logits ? scores.data() : nullptr);
-    for (const std::vector<float> &exact : {hidden, scores}) {
+    std::vector<float> hidden(size_t(rows.count() * d.hidden)), logits(size_t(wanted * d.head.n));
+    run_step(1, *decoder, content, rows, HB_FLOAT32, hidden.data(), logits.data());
+    for (const std::vector<float> &exact : {hidden, logits}) {
         float most = 1;
         for (const float x : exact) most = std::max(most, std::fabs(x));
         for (const float x : exact) call.exact.push_back(double(x)), call.allowed.push_back(tolerance * double(most));
     }
     call.run = [=](int threads, void *const *out) {
         return run_step(threads, *decoder, content, rows, type.number, static_cast<float *>(out[0]),
-                        logits ? static_cast<float *>(out[1]) : nullptr);
+                        wanted ? static_cast<float *>(out[1]) : nullptr);
     };
     return call;
 }

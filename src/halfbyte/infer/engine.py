@@ -17,6 +17,7 @@ import torch
 
 from halfbyte.data import Message, Renderer
 from halfbyte.errors import CheckpointError, RequestError, nearest
+from halfbyte.infer.costs import ProductCosts, product_costs
 from halfbyte.infer.network import NotCoveredError, branches, check_covered, make_network
 from halfbyte.infer.requests import Adapters, Completion, Event, Handle, Request, normalize_adapters
 from halfbyte.infer.sampling import SamplingParams
@@ -60,6 +61,7 @@ class Engine:
 
     Attributes:
         decoder: what runs the model, with the reason, in a sentence.
+        drafts: as given; 0 where the decoder cannot verify them.
 
     Raises:
         CheckpointError: see `load_model`; or an adapter that does not fit.
@@ -109,13 +111,14 @@ class Engine:
         self.decoder = self._make_decoder(_CACHES.get(cache_dtype or "", self._dtype), slots, quantize_head, prefetch)
         decode: Any = self._native or self._torch or self._fallback
         cache = self._torch.cache if self._torch is not None else None
+        self.drafts = drafts if cache is not None else 0
         self._scheduler = Scheduler(
             decode.step,
             self._torch.step if self._torch is not None else None,
             None if cache is None else cache.copy,
             slots,
             queue_limit,
-            drafts,
+            self.drafts,
             self._mix,
         )
 
@@ -340,8 +343,34 @@ class Engine:
 
     def snapshot(self) -> Statistics:
         """A copy of the counts, taken between two steps, so that they belong together."""
-        counts: Statistics = self._scheduler.between_steps(lambda: copy.deepcopy(self.statistics))
+
+        def take() -> Statistics:
+            counts = copy.deepcopy(self.statistics)
+            for decoder in (self._native, self._torch, self._fallback):
+                for part, seconds in (decoder.seconds if decoder is not None else {}).items():
+                    counts.parts[part] = counts.parts.get(part, 0.0) + seconds
+            return counts
+
+        counts: Statistics = self._scheduler.between_steps(take)
         return counts
+
+    @property
+    def network(self) -> Network | None:
+        """What the decoder runs; None where transformers' own forward does."""
+        return None if self._torch is None else self._torch.network
+
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """Of the cached keys and values; None where transformers keeps them."""
+        return None if self._torch is None else self._torch.cache.keys.dtype
+
+    def product_costs(self) -> ProductCosts | None:
+        """Measure what products with the packed weights cost, between two steps; None: there are none."""
+        network = self.network
+        costs: ProductCosts | None = (
+            None if network is None else self._scheduler.between_steps(lambda: product_costs(network))
+        )
+        return costs
 
     def logits(self, prompt: Prompt, *, adapter: str | Mapping[str, float] | None = None) -> torch.Tensor:
         """What the model finds likely after each token of a prompt, computed as in decoding.

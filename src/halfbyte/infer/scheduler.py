@@ -29,7 +29,8 @@ from halfbyte.infer.requests import Adapters, Request
 from halfbyte.kernels.decoder import STEP_ROWS, Mix
 
 CHUNK = 256  # tokens of a prompt that are read between two steps of the others
-FEW = 32  # a rest of a prompt that is no longer goes through the step of decoding
+CHUNK_ALONE = 512  # where nobody is being answered meanwhile
+FEW = 32  # a rest of a prompt that is no longer goes through the step of decoding, with the others' tokens
 _IDLE = 0.5  # seconds that an idle thread sleeps before it looks whether it is to end
 
 
@@ -42,6 +43,14 @@ class Slot:
     adapters: Adapters = ()
     request: Request | None = None
     used_at: float = 0.0
+
+    @property
+    def rest(self) -> list[int]:
+        """Tokens of its request that it does not hold yet; the last of them is what the next choice follows."""
+        if self.request is None:
+            return []
+        prompt, written, held = self.request.prompt, self.request.written, len(self.tokens)
+        return prompt[held:] + written if held < len(prompt) else written[held - len(prompt) :]
 
     def shares(self, request: Request) -> int:
         """How many tokens of the request's prompt it holds; the last one has to be computed in any case."""
@@ -66,6 +75,7 @@ class Statistics:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"prompt": 0.0, "step": 0.0, "sampling": 0.0})
+    parts: dict[str, float] = field(default_factory=dict)  # of the decoders' own time; filled in by `Engine.snapshot`
 
 
 class Scheduler:
@@ -83,8 +93,8 @@ class Scheduler:
 
     def __init__(
         self,
-        decode: Callable[..., torch.Tensor | None],
-        read: Callable[..., torch.Tensor | None] | None,
+        decode: Callable[..., torch.Tensor],
+        read: Callable[..., torch.Tensor] | None,
         copy: Callable[[int, int, int], None] | None,
         slots: int,
         queue_limit: int,
@@ -170,9 +180,7 @@ class Scheduler:
             positions = list(range(begin, begin + len(chunk)))
             mixes = [self._numbers(adapters)] * len(chunk) if adapters else None
             with torch.inference_mode():
-                rows = self._decode(chunk, [slot.number] * len(chunk), positions, mixes, True)
-            assert rows is not None
-            found.append(rows.float().clone())
+                found.append(self._decode(chunk, [slot.number] * len(chunk), positions, mixes))
         return torch.cat(found)
 
     def close(self) -> None:
@@ -253,31 +261,37 @@ class Scheduler:
             self.statistics.prompt_tokens += len(request.prompt)
 
     def _advance(self) -> None:
-        """Read one chunk of one prompt, then decode for every sequence that is past its prompt."""
-        reading = [slot for slot in self._slots if slot.request is not None and self._left(slot) > 0]
+        """Read one chunk of one prompt, then decode for every sequence of which little or nothing is left to read."""
+        reading = [slot for slot in self._slots if len(slot.rest) > FEW]
         if reading:
             self._read_chunk(min(reading, key=lambda slot: slot.request.asked_at if slot.request else 0.0))
-        ready = [slot for slot in self._slots if slot.request is not None and self._left(slot) == 0]
+        ready = [slot for slot in self._slots if 0 < len(slot.rest) <= FEW]
         while ready:
-            taken = self._step(ready[:STEP_ROWS])
+            taken = self._step(ready)
             ready = ready[taken:]
 
-    @staticmethod
-    def _left(slot: Slot) -> int:
-        """Tokens of the prompt before its last one that are still to be read."""
-        return max(len(slot.request.prompt) - 1 - len(slot.tokens), 0) if slot.request is not None else 0
-
     def _read_chunk(self, slot: Slot) -> None:
-        request = slot.request
+        """Read on in a long prompt; its last chunk brings the first token of the answer."""
+        request, rest, begin = slot.request, slot.rest, len(slot.tokens)
         assert request is not None
-        begin, count = len(slot.tokens), min(self._left(slot), CHUNK)
-        tokens = request.prompt[begin : begin + count]
-        run = self._read if self._read is not None and count > FEW else self._decode
+        most = CHUNK if any(other.request and other.request.written for other in self._slots) else CHUNK_ALONE
+        count = len(rest) if len(rest) <= most + FEW else most
+        last = count == len(rest)
         started = time.monotonic()
-        mixes = [self._numbers(request.adapters)] * count
-        run(tokens, [slot.number] * count, list(range(begin, begin + count)), mixes, False)
-        slot.tokens += tokens
-        self.statistics.seconds["prompt"] += time.monotonic() - started
+        logits = (self._read or self._decode)(
+            rest[:count],
+            [slot.number] * count,
+            list(range(begin, begin + count)),
+            [self._numbers(request.adapters)] * count,
+            (count - 1,) if last else (),
+        )
+        computed = time.monotonic()
+        self.statistics.seconds["prompt"] += computed - started
+        if last:
+            self._take_or_fail(slot, rest, [], logits)
+            self.statistics.seconds["sampling"] += time.monotonic() - computed
+        else:
+            slot.tokens += rest[:count]
 
     def _step(self, slots: Sequence[Slot]) -> int:
         """One token more for as many of `slots` as fit into a step; returns how many did."""
@@ -285,42 +299,50 @@ class Scheduler:
         numbers: list[int] = []
         positions: list[int] = []
         mixes: list[Mix] = []
-        drafts: list[list[int]] = []
+        wanted: list[int] = []
+        taken: list[tuple[Slot, list[int], list[int]]] = []
+        prompts = 0
         for slot in slots:
-            request = slot.request
+            request, rest = slot.request, slot.rest
             assert request is not None
-            last = request.written[-1] if request.written else request.prompt[-1]
-            if len(tokens) >= STEP_ROWS:
+            if len(tokens) + len(rest) > STEP_ROWS:
                 break
-            draft = self._draft(request)[: STEP_ROWS - len(tokens) - 1]
-            drafts.append(draft)
-            tokens += [last, *draft]
-            numbers += [slot.number] * (1 + len(draft))
-            positions += range(len(slot.tokens), len(slot.tokens) + 1 + len(draft))
-            mixes += [self._numbers(request.adapters)] * (1 + len(draft))
+            draft = self._draft(request)[: STEP_ROWS - len(tokens) - len(rest)]
+            taken.append((slot, rest, draft))
+            prompts += 0 if request.written else len(rest)
+            count = len(rest) + len(draft)
+            wanted += range(len(tokens) + len(rest) - 1, len(tokens) + count)
+            tokens += [*rest, *draft]
+            numbers += [slot.number] * count
+            positions += range(len(slot.tokens), len(slot.tokens) + count)
+            mixes += [self._numbers(request.adapters)] * count
         started = time.monotonic()
-        logits = self._decode(tokens, numbers, positions, mixes if any(mixes) else None, True)
-        assert logits is not None
+        logits = self._decode(tokens, numbers, positions, mixes if any(mixes) else None, wanted)
         computed = time.monotonic()
         row = 0
-        for slot, draft in zip(slots, drafts, strict=False):
-            try:
-                self._take(slot, tokens[row], draft, logits[row : row + 1 + len(draft)])
-            except Exception as error:  # logits that are no numbers, say; the others' are their own
-                if slot.request is not None:
-                    slot.request.fail(error)
-                slot.request, slot.tokens = None, []
+        for slot, rest, draft in taken:
+            self._take_or_fail(slot, rest, draft, logits[row : row + 1 + len(draft)])
             row += 1 + len(draft)
         self.statistics.steps += 1
-        self.statistics.seconds["step"] += computed - started
+        of_prompts = (computed - started) * prompts / len(tokens)
+        self.statistics.seconds["prompt"] += of_prompts
+        self.statistics.seconds["step"] += computed - started - of_prompts
         self.statistics.seconds["sampling"] += time.monotonic() - computed
-        return len(drafts)
+        return len(taken)
 
-    def _take(self, slot: Slot, last: int, draft: list[int], logits: torch.Tensor) -> None:
+    def _take_or_fail(self, slot: Slot, rest: list[int], draft: list[int], logits: torch.Tensor) -> None:
+        try:
+            self._take(slot, rest, draft, logits)
+        except Exception as error:  # logits that are no numbers, say; the others' are their own
+            if slot.request is not None:
+                slot.request.fail(error)
+            slot.request, slot.tokens = None, []
+
+    def _take(self, slot: Slot, rest: list[int], draft: list[int], logits: torch.Tensor) -> None:
         """Choose tokens from a slot's rows: one, and one more for each drafted token that was chosen as well."""
         request = slot.request
         assert request is not None
-        slot.tokens.append(last)
+        slot.tokens += rest
         for index in range(1 + len(draft)):
             choice = request.sampler.choose(logits[index])
             request.take(choice)

@@ -18,6 +18,7 @@ from halfbyte.kernels.schema import PackedWeight
 KEY_BLOCK = 16  # positions side by side in the key cache
 STEP_ROWS = 128  # HB_STEP_ROWS: tokens that the native step takes at most
 ACTIVATIONS = ("silu", "gelu_tanh")  # numbered as enum hb_activation
+PARTS = ("norms", "products", "attention", "head")  # where a step's time goes; numbered as enum hb_part
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")  # in the order of hb_layer
 
 
@@ -162,7 +163,13 @@ class Cache:
 
 
 class Decoder(Protocol):
-    """Something that runs a network."""
+    """Something that runs a network.
+
+    Attributes:
+        seconds: that its steps took since it was made, by the names in `PARTS`; by others where it cannot tell these.
+    """
+
+    seconds: Mapping[str, float]
 
     def step(
         self,
@@ -170,8 +177,8 @@ class Decoder(Protocol):
         slots: Sequence[int],
         positions: Sequence[int],
         mixes: Sequence[Mix] | None = None,
-        logits: bool = True,
-    ) -> torch.Tensor | None:
+        wanted: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """Take tokens through all layers, storing their keys and values.
 
         Args:
@@ -179,10 +186,10 @@ class Decoder(Protocol):
             slots: [rows], each token's place in the cache; tokens of one slot stand together, in their order.
             positions: [rows]; all earlier positions of the slot are in the cache, or among these rows.
             mixes: [rows], each token's adapters; None: no adapters.
-            logits: whether to compute them.
+            wanted: the rows whose logits are computed; None: all.
 
         Returns:
-            float32 [rows, vocabulary], or None.
+            float32 [len(wanted), vocabulary].
         """
 
     def set_adapters(self, adapters: Sequence[Branches]) -> None:

@@ -7,7 +7,7 @@ C structs hold addresses of tensors that this object keeps alive.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from halfbyte.kernels.decoder import (
     ACTIVATIONS,
     KEY_BLOCK,
     MATRICES,
+    PARTS,
     STEP_ROWS,
     Branch,
     Branches,
@@ -77,8 +78,10 @@ class _Decoder(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, _P) for name in ("hidden", "logits", "slot", "position", "mix", "adapter", "weight")),
+        *((name, _P) for name in ("hidden", "logits", "slot", "position", "mix", "adapter", "weight", "wanted")),
+        ("nanoseconds", _P),
         ("rows", _L),
+        ("wanted_count", _L),
         ("dtype", _I),
     )
 
@@ -138,6 +141,12 @@ class NativeDecoder:
         )
         self._set_cache(cache)
         self._adapters = 0
+        self._nanoseconds = (_L * len(PARTS))()
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """See `Decoder.seconds`."""
+        return {part: count / 1e9 for part, count in zip(PARTS, self._nanoseconds, strict=True)}
 
     def _layer(self, layer: Layer, ffn: int) -> _Layer:
         network, dim = self.network, self.network.head_dim
@@ -228,12 +237,12 @@ class NativeDecoder:
         slots: Sequence[int],
         positions: Sequence[int],
         mixes: Sequence[Mix] | None = None,
-        logits: bool = True,
-    ) -> torch.Tensor | None:
+        wanted: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """See `Decoder.step`; at most `STEP_ROWS` rows.
 
         Raises:
-            ShapeError: a slot, position or adapter does not exist.
+            ShapeError: a slot, position, adapter or wanted row does not exist.
             IndexError: a token does not.
         """
         rows, decoder = len(tokens), self._decoder
@@ -247,8 +256,11 @@ class NativeDecoder:
         entries = [entry for mix in mixes or () for entry in mix]
         if any(not 0 <= adapter < self._adapters for adapter, _ in entries):
             raise ShapeError(f"a row names an adapter that is not among the {self._adapters} there are")
+        chosen = range(rows) if wanted is None else wanted
+        if len(chosen) > rows or any(not 0 <= row < rows for row in chosen):
+            raise ShapeError(f"logits of the rows {list(chosen)} are asked for, and there are {rows}")
         hidden = self.network.embed(tokens)
-        out = torch.empty((rows, self.network.head.n)) if logits else None
+        out = torch.empty((len(chosen), self.network.head.n))
         begins = [0]
         for mix in mixes or ((),) * rows:
             begins.append(begins[-1] + len(mix))
@@ -256,15 +268,19 @@ class NativeDecoder:
         slot, position, mix_at = (_L * rows)(*slots), (_L * rows)(*positions), (_L * (rows + 1))(*begins)
         adapter = (_L * len(entries))(*(number for number, _ in entries))
         weight = (_F * len(entries))(*(share for _, share in entries))
+        wanted_rows = (_L * len(chosen))(*chosen)
         step = _Step(
             hidden=hidden.data_ptr(),
-            logits=None if out is None else out.data_ptr(),
+            logits=out.data_ptr(),
             slot=ctypes.addressof(slot),
             position=ctypes.addressof(position),
             mix=ctypes.addressof(mix_at) if entries else None,
             adapter=ctypes.addressof(adapter),
             weight=ctypes.addressof(weight),
+            wanted=ctypes.addressof(wanted_rows),
+            nanoseconds=ctypes.addressof(self._nanoseconds),
             rows=rows,
+            wanted_count=len(chosen),
             dtype=_DTYPES[torch.float32 if rows <= FLOAT_ROWS else self._dtype],
         )
         if self._decode(torch.get_num_threads(), ctypes.byref(decoder), ctypes.byref(step)):

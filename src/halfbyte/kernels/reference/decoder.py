@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
 
-from halfbyte.kernels.decoder import KEY_BLOCK, Branches, Cache, Layer, Matrix, Mix, Network
+from halfbyte.kernels.decoder import KEY_BLOCK, PARTS, Branches, Cache, Layer, Matrix, Mix, Network
 from halfbyte.kernels.schema import PackedWeight
+
+_WIDENED_ROWS = 4096  # of a dense matrix that is stored in fewer bits than it is multiplied in
 
 
 class TorchDecoder:
-    """Runs a network with torch's operations and halfbyte's products, on the device of its tensors.
+    """Runs a network with torch's operations and halfbyte's, on the device of its tensors.
+
+    In bfloat16 it rounds where transformers does: what products take and give, norms, rotated heads, gates, and the sum
+    that goes from layer to layer. Large tensors between the products are what a prompt's time goes to besides them.
 
     Args:
         network: what to run.
         cache: where keys and values are kept.
-        dtype: of the activations that enter products; everything between them is float32.
+        dtype: of all activations; logits are float32.
     """
 
     def __init__(self, network: Network, cache: Cache, dtype: torch.dtype) -> None:
         self.network, self.cache, self.dtype = network, cache, dtype
         self.adapters: Sequence[Branches] = ()
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._lap_began = 0.0
+        self._angles = network.cosine.to(dtype), network.sine.to(dtype)
+        self._final_norm = _narrow(network.final_norm, dtype)
+        self._layers = [
+            replace(
+                layer,
+                attention_norm=_narrow(layer.attention_norm, dtype),
+                mlp_norm=_narrow(layer.mlp_norm, dtype),
+                query_norm=None if layer.query_norm is None else _narrow(layer.query_norm, dtype),
+                key_norm=None if layer.key_norm is None else _narrow(layer.key_norm, dtype),
+            )
+            for layer in network.layers
+        ]
 
     def set_adapters(self, adapters: Sequence[Branches]) -> None:
         """See `Decoder.set_adapters`."""
@@ -34,44 +55,61 @@ class TorchDecoder:
         slots: Sequence[int],
         positions: Sequence[int],
         mixes: Sequence[Mix] | None = None,
-        logits: bool = True,
-    ) -> torch.Tensor | None:
+        wanted: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """See `Decoder.step`."""
+        self._lap_began = time.perf_counter()
         network, at = self.network, torch.tensor(positions)
-        hidden = network.embed(tokens)
+        hidden = network.embed(tokens).to(self.dtype)
         groups = _groups(slots, mixes)
-        cosine, sine = network.cosine[at].unsqueeze(1), network.sine[at].unsqueeze(1)
-        for number, layer in enumerate(network.layers):
+        angles = tuple(table[at][None] for table in self._angles)
+        for number, layer in enumerate(self._layers):
             x = self._norm(hidden, layer.attention_norm)
+            self._lap("norms")
             query, key, value = (
                 self._product(x, layer.matrices[name], (number, name), groups).unflatten(-1, (-1, network.head_dim))
                 for name in ("query", "key", "value")
             )
+            self._lap("products")
             if layer.query_norm is not None and layer.key_norm is not None:
                 query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
-            query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+            query, key = (torch.ops.halfbyte.rotary(heads[None], *angles, False)[0] for heads in (query, key))
             self._store(number, slots, at, key, value)
             mixed = [
                 self._attend(number, layer, slots[rows.start], at[rows], query[rows], key[rows], value[rows])
                 for rows, _ in groups
             ]
-            hidden += self._product(torch.cat(mixed), layer.matrices["output"], (number, "output"), groups)
+            mixed_rows = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+            self._lap("attention")
+            hidden += self._product(mixed_rows, layer.matrices["output"], (number, "output"), groups)
+            self._lap("products")
             x = self._norm(hidden, layer.mlp_norm)
+            self._lap("norms")
             gate = self._product(x, layer.matrices["gate"], (number, "gate"), groups)
             up = self._product(x, layer.matrices["up"], (number, "up"), groups)
-            hidden += self._product(self._activate(gate) * up, layer.matrices["down"], (number, "down"), groups)
-        if not logits:
-            return None
-        return self._product(self._norm(hidden, network.final_norm), network.head, None, groups)
+            hidden += self._product(self._gate(gate, up), layer.matrices["down"], (number, "down"), groups)
+            self._lap("products")
+        if wanted is not None:
+            hidden = hidden[list(wanted)]
+        logits = self._product(self._norm(hidden, self._final_norm), network.head, None, ()).float()
+        self._lap("head")
+        return logits
+
+    def _lap(self, part: str) -> None:
+        """What was done since the last call belongs to `part`."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self._lap_began
+        self._lap_began = now
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = torch.ops.halfbyte.rms_norm(x, weight, self.network.eps)[0]
         return result
 
-    def _activate(self, gate: torch.Tensor) -> torch.Tensor:
+    def _gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if self.network.activation == "silu":
-            return functional.silu(gate)
-        return functional.gelu(gate, approximate="tanh")
+            result: torch.Tensor = torch.ops.halfbyte.swiglu(gate, up)
+            return result
+        return functional.gelu(gate, approximate="tanh") * up
 
     def _product(
         self,
@@ -80,21 +118,18 @@ class TorchDecoder:
         where: tuple[int, str] | None,
         groups: Sequence[tuple[slice, Mix]],
     ) -> torch.Tensor:
-        """x [rows, k] -> float32 [rows, n]."""
-        cast = x.to(self.dtype)
-        weight = matrix.weight
+        """x [rows, k] -> [rows, n], both of `dtype`."""
+        weight, bias = matrix.weight, None if matrix.bias is None else matrix.bias.to(self.dtype)
         if isinstance(weight, PackedWeight):
-            y = torch.ops.halfbyte.linear(*weight, matrix.n, cast, None).float()
+            y: torch.Tensor = torch.ops.halfbyte.linear(*weight, matrix.n, x, bias)
         else:
-            y = functional.linear(x.to(weight.dtype), weight).float()
-        if matrix.bias is not None:
-            y += matrix.bias
+            y = _dense(x, weight, bias)
         for rows, mix in groups:
             for number, share in mix:
                 branch = None if where is None else self.adapters[number].get(where)
                 if branch is not None:
-                    middle = cast[rows].to(branch.a.dtype) @ branch.a.t()
-                    y[rows] += (middle @ branch.b.t()).float() * share
+                    middle = x[rows].to(branch.a.dtype) @ branch.a.t()
+                    y[rows] += (middle @ branch.b.t()).to(y.dtype) * share
         return y
 
     def _store(
@@ -121,11 +156,10 @@ class TorchDecoder:
     ) -> torch.Tensor:
         """Rows of one slot, at positions `at`, over all that the slot holds -> [rows, heads * head_dim]."""
         count = int(at.max()) + 1
-        dtype = self.dtype if self.dtype != torch.float16 else torch.float32
         if len(at) == count:  # nothing came before: the keys need not be read back
             keys, values = key.transpose(0, 1), value.transpose(0, 1)
         else:
-            keys, values = self._read(layer, slot, count)
+            keys, values = (read.to(self.dtype) for read in self._read(layer, slot, count))
         # Causal alone is a case that torch has a faster kernel for.
         whole = len(at) == count and not (0 < description.window < count)
         mask = None
@@ -134,16 +168,18 @@ class TorchDecoder:
             mask = positions <= at[:, None]
             if description.window:
                 mask &= positions > at[:, None] - description.window
+        # Query heads that share a key head are the heads of one batch entry, over one key head that is seen repeated:
+        # with `enable_gqa` torch would copy keys and values for each of them.
+        group = self.network.heads // self.network.kv_heads
         y = functional.scaled_dot_product_attention(
-            query.transpose(0, 1)[None].to(dtype),
-            keys[None].to(dtype),
-            values[None].to(dtype),
+            query.transpose(0, 1).unflatten(0, (-1, group)),
+            keys[:, None].expand(-1, group, -1, -1),
+            values[:, None].expand(-1, group, -1, -1),
             mask,
             is_causal=whole,
             scale=self.network.attention_scale,
-            enable_gqa=True,
         )
-        return y[0].transpose(0, 1).flatten(1).float()
+        return y.flatten(0, 1).transpose(0, 1).flatten(1)
 
     def _read(self, layer: int, slot: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `count` keys and values of a slot, each [kv_heads, count, head_dim]."""
@@ -168,9 +204,19 @@ def _groups(slots: Sequence[int], mixes: Sequence[Mix] | None) -> list[tuple[sli
     return groups
 
 
-def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat((-second, first), dim=-1) * sine
+def _narrow(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`weight` in `dtype` if that changes no number, as it is else: norms multiply in float32 in any case."""
+    narrow = weight.to(dtype)
+    return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight
+
+
+def _dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + bias in x's dtype, multiplied in the wider of the two dtypes; a large W is widened in parts."""
+    if x.dtype == weight.dtype:
+        return functional.linear(x, weight, bias)
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    y = torch.cat([functional.linear(x.to(wide), rows.to(wide)) for rows in weight.split(_WIDENED_ROWS)], dim=-1)
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def _to_bytes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
