@@ -31,7 +31,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.errors import NonFiniteError
 from halfbyte.train import ranks
-from halfbyte.train.optimizers import library_options, make_optimizer
+from halfbyte.train.optimizers import make_optimizer
 from halfbyte.train.resume import Resumable
 from halfbyte.train.sampling import ByLength
 from halfbyte.train.state import generators, set_generators
@@ -230,7 +230,7 @@ def options(recipe: Recipe, folder: Path, rows: int) -> dict[str, Any]:
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,
-        **library_options(recipe),
+        "optim": "adamw_torch",  # replaced by `Guards.create_optimizer`
         "bf16": recipe.compute_dtype == "bfloat16",
         "fp16": recipe.compute_dtype == "float16",
         "ddp_broadcast_buffers": False,  # nothing writes to them
