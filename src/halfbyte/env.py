@@ -6,7 +6,7 @@
 | `HALFBYTE_CPU_ISA` | `auto`, `generic`, `avx2`, `avx512`, `avx512bf16`, `amx`, `neon`, `neonbf16` | the CPU kernels |
 | `HALFBYTE_CACHE` | a folder | where tokenized data is kept; `halfbyte` in `XDG_CACHE_HOME` or `~/.cache` by default |
 | `HALFBYTE_CACHE_GB` | a number, 20 by default | what the cache may take; what was used longest ago goes first |
-| `WORLD_SIZE` | a number | set by launchers of several processes, which `halfbyte train` refuses |
+| `WORLD_SIZE`, `RANK` | numbers | set by torchrun: how many processes train one model, and which one this is |
 | `HF_HUB_OFFLINE` | `1` | set by halfbyte before a local path is opened: nothing reaches for a network |
 | `OMP_WAIT_POLICY` | `PASSIVE` | set by the command line unless it is set: idle threads sleep, they do not spin |
 """
@@ -78,7 +78,18 @@ def _choice(variable: str, choices: tuple[str, ...]) -> str:
 def world_size() -> int:
     """How many processes a launcher (torchrun, accelerate) has started for one run; 1 without one."""
     named = os.environ.get("WORLD_SIZE", "")
-    return int(named) if named.isdecimal() else 1
+    return max(int(named), 1) if named.isdecimal() else 1
+
+
+def rank() -> int:
+    """Which of a launcher's processes this is, from 0."""
+    named = os.environ.get("RANK", "")
+    return int(named) if named.isdecimal() and world_size() > 1 else 0
+
+
+def missing_from_launcher() -> list[str]:
+    """What processes that are to find each other need and the environment lacks."""
+    return [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
 
 
 def go_offline() -> None:

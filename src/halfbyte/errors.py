@@ -41,6 +41,19 @@ class StoppedError(WorkError):
         self.exit_code = exit_code
 
 
+class ProcessError(WorkError):
+    """Another process of the same run has failed.
+
+    Args:
+        message: which one, and its message.
+        exit_code: its exit code.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class BusyError(WorkError):
     """There is no room for the request now, and there may be later."""
 

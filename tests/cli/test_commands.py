@@ -46,6 +46,7 @@ def test_quantize_into_an_archive_and_use_it(tiny_llama, tmp_path):
     archive = tmp_path / "model.nf4dq"
     told = run("quantize", tiny_llama, "-o", archive, "--block-size", 32, "--quantize-embeddings")
     assert "MB/s), peak memory" in told and str(archive) in told
+    assert "skipped" not in told  # the head is tied to the embedding, and quantized with it
     facts = json.loads(run("info", archive, "--json"))
     assert facts["kind"] == "archive" and facts["architecture"] == "LlamaForCausalLM"
     assert facts["bytes"] == archive.stat().st_size

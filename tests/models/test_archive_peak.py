@@ -1,8 +1,9 @@
-"""Quantizing into an archive holds one tensor at a time: neither the model nor its quantized form."""
+"""Quantizing into an archive or a folder holds one tensor at a time: neither the model nor its quantized form."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def status(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
 idle = status("VmRSS")
-report = halfbyte.models.quantize_to_archive(sys.argv[1], sys.argv[2], halfbyte.models.HalfbyteConfig())
+quantize = halfbyte.models.quantize_to_archive if sys.argv[2].endswith(".nf4dq") else halfbyte.models.quantize_to_folder
+report = quantize(sys.argv[1], sys.argv[2], halfbyte.models.HalfbyteConfig())
 print(json.dumps({"peak": status("VmHWM") - idle, "nbytes": report.nbytes, "total": report.total}))
 """
 
@@ -62,21 +64,28 @@ def write_llama(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    write_llama(folder)
+    yield folder
+    shutil.rmtree(folder)  # a gigabyte that pytest would keep for three runs
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM, which Linux has")
-def test_a_400_m_llama_is_quantized_in_less_memory_than_its_quantized_size(tmp_path):
-    write_llama(tmp_path)
+@pytest.mark.parametrize("name", ["a.nf4dq", "a"])
+def test_a_400_m_llama_is_quantized_in_less_memory_than_its_quantized_size(source, tmp_path, name):
+    output = tmp_path / name
     try:
         done = subprocess.run(
-            [sys.executable, "-c", QUANTIZE, str(tmp_path), str(tmp_path / "a.nf4dq")],
-            capture_output=True,
-            text=True,
-            check=True,
+            [sys.executable, "-c", QUANTIZE, str(source), str(output)], capture_output=True, text=True, check=True
         )
-        written = (tmp_path / "a.nf4dq").stat().st_size
+        weights = list(output.glob("*.safetensors")) if output.is_dir() else [output]
+        written = sum(file.stat().st_size for file in weights)
     finally:
-        for file in [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.nf4dq")]:
-            file.unlink()  # a gigabyte that pytest would keep for three runs
+        for file in output.iterdir() if output.is_dir() else [output]:
+            file.unlink(missing_ok=True)
     found = json.loads(done.stdout)
     assert 390e6 < found["total"] < 450e6
     assert found["peak"] <= LARGEST + ALLOWANCE, found

@@ -10,6 +10,7 @@ from torch import nn
 
 import halfbyte as hb
 from halfbyte.errors import FormatError, RequestError
+from halfbyte.models import quantize_to_archive
 
 CAUSAL = ["llama", "llama-tied", "gpt2", "opt", "qwen2", "qwen3", "mixtral", "gemma"]
 CONFIG = {"block_size": 32}
@@ -97,6 +98,10 @@ def test_a_tied_head_stays_tied(folder_of, ids, tmp_path, embeddings):
     model = hb.load_model(folder_of("llama-tied"), quantization=config)
     hb.save_model(model, tmp_path / "saved")
     again = hb.load_model(tmp_path / "saved")
+    streamed = quantize_to_archive(folder_of("llama-tied"), tmp_path / "streamed.nf4dq", config)
+    assert streamed == model.halfbyte_report
+    kept = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "output layer"}
+    assert streamed.skipped == ({} if embeddings else kept)
     for each in (model, again):
         assert each.lm_head.weight is each.model.embed_tokens.weight
         assert isinstance(each.lm_head.weight, hb.QuantizedTensor) is embeddings

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from halfbyte.errors import RecipeError, RequestError
-from halfbyte.optim import AdamW
+from halfbyte.optim import AdamW, GaLoreAdamW
 from halfbyte.train.optimizers import check_optimizer, make_optimizer
 from halfbyte.train.recipe import make_recipe
 from halfbyte.train.sft import train
@@ -43,7 +43,7 @@ def test_what_is_said_about_paging_wins_and_contradictions_are_told():
         ({"paged": "disk"}, "paged is 'disk', which is not offered"),
         ({"optim": "paged_adamw_8bit", "paged": "none"}, "optim is 'paged_adamw_8bit' but paged is 'none'"),
         ({"optim": "galore_adamw"}, "which projects whole matrices, but method is 'qlora'; choose adamw_8bit"),
-        ({"optim": "galore_adamw", "method": "full", "paged": "file"}, "galore_adamw is not ours to page"),
+        ({"galore_rank": 8}, "galore_rank is 8 but optim is 'adamw'; choose galore_adamw"),
     ):
         with pytest.raises(RecipeError, match=re.escape(sentence)):
             make_recipe({**NEEDED, **keys})
@@ -56,9 +56,6 @@ def test_what_is_missing_here_is_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RequestError, match="needs a CUDA device, and there is none; choose 'file'"):
         check_optimizer(make_recipe({**NEEDED, "paged": "host"}))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(RequestError, match="galore-torch has for CUDA only; choose galore_adamw"):
-        check_optimizer(make_recipe({**NEEDED, "method": "full", "optim": "galore_adamw_8bit"}))
 
 
 def test_only_what_is_trained_is_stepped_and_only_matrices_decay():
@@ -71,15 +68,28 @@ def test_only_what_is_trained_is_stepped_and_only_matrices_decay():
     assert told == [(["0.weight"], 0.1, 0.5, "8bit"), (["0.bias", "1.weight", "1.bias"], 0.0, 0.5, "8bit")]
 
 
+def test_galore_projects_the_layers_and_not_the_vocabulary(tiny_llama):
+    from halfbyte.models import load_model
+
+    model = load_model(tiny_llama, dtype=torch.float32)
+    keys = {"method": "full", "optim": "galore_adamw_8bit", "galore_rank": 3, "galore_scale": 0.5, "weight_decay": 0.1}
+    optimizer = make_optimizer(make_recipe({**NEEDED, **keys}), model, [n for n, p in model.named_parameters()])
+    assert isinstance(optimizer, GaLoreAdamW)
+    ranks = {n: g["rank"] for g in optimizer.param_groups for n in g["param_names"]}
+    assert all(rank == (3 if "_proj" in name else 0) for name, rank in ranks.items())
+    assert {3, 0} == set(ranks.values())
+    assert ranks.keys() == dict(model.named_parameters()).keys()
+    assert {g["scale"] for g in optimizer.param_groups} == {0.5}
+    assert {g["state"] for g in optimizer.adamw.param_groups} == {"8bit"}
+
+
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "adamw_4bit", "galore_adamw", "galore_adamw_8bit"])
 def test_runs_learn_and_paging_changes_nothing(tiny_llama, write_rows, tmp_path, optim):
     if optim.startswith("galore"):
         pytest.importorskip("galore_torch", reason="galore-torch is not installed")
-    if optim == "galore_adamw_8bit" and not torch.cuda.is_available():
-        pytest.skip("galore-torch has 8-bit state for CUDA only")
     data = str(write_rows([{"prompt": c, "completion": c.upper() * n} for n, c in enumerate("abcdefgh", 1)]))
     after = {}
-    for paged in ("none",) if optim.startswith("galore") else ("none", PAGED):
+    for paged in ("none", PAGED):
         recipe = make_recipe(
             {
                 "model_name_or_path": str(tiny_llama),
@@ -94,6 +104,7 @@ def test_runs_learn_and_paging_changes_nothing(tiny_llama, write_rows, tmp_path,
                 "per_device_train_batch_size": 4,
                 "optim": optim,
                 "paged": paged,
+                **({"galore_rank": 8, "galore_update_interval": 2} if optim.startswith("galore") else {}),
             }
         )
         summary = train(recipe, console=Console(file=io.StringIO()))

@@ -23,6 +23,9 @@ SETS = {  # the file, how many rows it holds, what the recipe says about it
     "glaive": ("llama-factory/glaive_toolcall_en_demo.json", 300, {"max_length": 512}),
     "messages": ("llama-factory/v1_sft_demo.jsonl", 500, {}),
     "rasbt": ("rasbt/instruction-data.json", 1100, {}),
+    "dpo": ("llama-factory/dpo_en_demo.json", 300, {"task": "preference"}),
+    "kto": ("llama-factory/kto_en_demo.json", 300, {"task": "kto"}),
+    "sst2": ("sst2.tsv", 400, {"task": "sequence-classification"}),
 }
 
 
@@ -30,6 +33,10 @@ SETS = {  # the file, how many rows it holds, what the recipe says about it
 def recipe_of(assets, tmp_path):
     def write(name, keys):
         path = assets / "instruct" / name
+        if name == "sst2.tsv":  # the first sentences; all of them are 67,349
+            lines = (assets / "eval" / "sst2" / "train.tsv").read_text(encoding="utf-8").splitlines()[:401]
+            path = tmp_path / name
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {
             "model_name_or_path": str((assets / "models" / "stories260K").resolve()),
             "output_dir": str(tmp_path / "run"),

@@ -33,7 +33,11 @@ def quantize(
     scale_bits: Annotated[str, typer.Option(help="Bits of a scale: 8, 6, 4, or 32 for float32.")] = "8",
     skip: Annotated[list[str] | None, typer.Option(help="Module to leave as it is; may repeat.")] = None,
     quantize_embeddings: Annotated[
-        bool, typer.Option("--quantize-embeddings/--keep-embeddings", help="Quantize the embeddings too.")
+        bool,
+        typer.Option(
+            "--quantize-embeddings/--keep-embeddings",
+            help="Quantize the embeddings too, and with them an output layer that is tied to them.",
+        ),
     ] = False,
     compress: Annotated[bool, typer.Option("--compress", help="Entropy-code an archive's codes and scales.")] = False,
 ) -> None:

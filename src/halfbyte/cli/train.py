@@ -26,12 +26,14 @@ def train(
     ] = False,
 ) -> None:
     """Fine-tune a model as a recipe says, and measure it before and after."""
+    from halfbyte import env
     from halfbyte.train.recipe import load_recipe
     from halfbyte.train.sft import train as run
 
     loaded = load_recipe(recipe, set_ or [])
     summary = run(loaded, evaluator=_evaluator(loaded), sampler=_sampler(loaded), resume=resume)
-    _report(loaded, summary)
+    if env.rank() == 0:  # of several processes one reports
+        _report(loaded, summary)
 
 
 def _evaluator(recipe: Recipe) -> Evaluator | None:

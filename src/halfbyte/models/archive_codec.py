@@ -65,12 +65,13 @@ def decompress(data: memoryview, section: Section, pool: ThreadPoolExecutor) -> 
     result = torch.empty(section.decoded, dtype=torch.uint8)
     target = result.numpy().data
 
-    def decode(job: tuple[int, int, int]) -> None:
-        start, size, place = job
-        expected = min(section.chunk, section.decoded - place)
-        target[place : place + expected] = _decompress_chunk(data[start : start + size], expected)
+    jobs = iter(_jobs(section.frames, section.chunk))
 
-    list(pool.map(decode, _jobs(section.frames, section.chunk)))
+    def decode(_: int) -> None:
+        for start, size, place in jobs:  # shared: whichever thread is free takes the next
+            _decompress_chunk(data[start : start + size], target[place : min(place + section.chunk, section.decoded)])
+
+    list(pool.map(decode, range(min(torch.get_num_threads(), len(section.frames)))))
     return result
 
 
@@ -91,17 +92,18 @@ def _compress_chunk(chunk: memoryview) -> bytes:
     return frame
 
 
-def _decompress_chunk(frame: memoryview, expected: int) -> bytes:
+def _decompress_chunk(frame: memoryview, target: memoryview) -> None:
+    """Decode a frame to where its bytes belong; a copy would be made under the interpreter's lock, one at a time."""
     module = zstandard("reading a compressed archive")
     if not hasattr(_local, "decompressor"):
         _local.decompressor = module.ZstdDecompressor()
     try:
-        # The declared size is compared first: decompress() would allocate whatever the frame says.
-        if module.frame_content_size(frame) != expected:
+        # The declared size is compared first: the decoder would set up whatever window the frame asks for.
+        if module.frame_content_size(frame) != len(target):
             raise CheckpointError("a frame declares another size than its section")
-        data: bytes = _local.decompressor.decompress(frame, max_output_size=expected)
+        with _local.decompressor.stream_reader(frame) as reader:
+            size = reader.readinto(target)
     except module.ZstdError as error:
         raise CheckpointError(f"a frame cannot be decoded: {error}") from None
-    if len(data) != expected:
+    if size != len(target):
         raise CheckpointError("a frame decodes to another size than its section")
-    return data

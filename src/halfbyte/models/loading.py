@@ -24,7 +24,7 @@ from halfbyte.formats import QuantSpec
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.config import HalfbyteConfig
 from halfbyte.models.fused import PARTS, fuse
-from halfbyte.models.quantizer import collect_failures
+from halfbyte.models.quantizer import collect_failures, has_sink
 from halfbyte.models.sources import model_files, open_checkpoint
 from halfbyte.nn import report
 from halfbyte.tensor import read_spec
@@ -81,6 +81,8 @@ def load_model(
         raise RequestError(f"task {task!r} is not offered; {nearest(task, TASKS)}")
     folder = resolve(path)
     checkpoint = open_checkpoint(folder, verify=verify)
+    if has_sink():
+        checkpoint.map_tensors()
     options = {} if num_labels is None else {"num_labels": num_labels}
     config = load_config(checkpoint.path, **options)
     stored = _stored_quantization(checkpoint, quantization)

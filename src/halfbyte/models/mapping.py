@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from halfbyte.errors import CheckpointError
@@ -28,6 +29,12 @@ from halfbyte.kernels.cpu import Native, native_library
 
 # Without it Linux refuses to map privately what is larger than the memory, although no page of it is ever written.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+# Linux from 5.14 on; through ctypes, because mmap's own madvise keeps the interpreter's lock while a disk is read.
+_POPULATE_READ = 22
+_MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+if _MADVISE is not None:
+    _MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 # Place in the native library -> what to say about the loss of a page, by its offset.
 _watched: dict[int, Callable[[int], str]] = {}
@@ -39,27 +46,43 @@ class _Pages(mmap.mmap):
     """A mapping that is forgotten before it is unmapped: a subclass's weak references die first."""
 
 
-def map_file(descriptor: int, nbytes: int, lost: Callable[[int], str]) -> torch.Tensor:
-    """Map a file privately: what is written into the tensor is this process's own.
+def is_guarded() -> bool:
+    """Whether a file that is mapped from here on may shrink without ending the process."""
+    library = native_library()
+    return isinstance(library, Native) and _install(library)
+
+
+def map_file(descriptor: int, nbytes: int, lost: Callable[[int], str], offset: int = 0) -> torch.Tensor:
+    """Map a file, or a part of it, privately: what is written into the tensor is this process's own.
 
     Args:
         descriptor: of the open file.
-        nbytes: its size, above 0.
-        lost: the sentence for a file that became shorter, by the offset of the first page that was missed.
+        nbytes: of the part, above 0.
+        lost: the sentence for a file that became shorter, by the offset in it of the first page that was missed.
+        offset: where the part begins.
 
     Returns:
         uint8 [nbytes].
     """
     flags, prot = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-    pages = _Pages(descriptor, nbytes, flags=flags, prot=prot)
-    tensor = torch.frombuffer(pages, dtype=torch.uint8)
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    pages = _Pages(descriptor, before + nbytes, flags=flags, prot=prot, offset=offset - before)
+    whole = torch.frombuffer(pages, dtype=torch.uint8)
     library = native_library()
     if isinstance(library, Native) and _install(library):
-        place = library.functions["hb_watch_mapping"](tensor.data_ptr(), nbytes)
+        place = library.functions["hb_watch_mapping"](whole.data_ptr(), before + nbytes)
         if place >= 0:
-            _watched[place] = lost
+            _watched[place] = lambda page: lost(offset - before + page)
             weakref.finalize(pages, _forget, library, place).atexit = False
-    return tensor
+    return whole[before:]
+
+
+def fetch(part: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    """Bring a part of a mapping into this process in one call: a fault for each 64 KiB takes several times as long."""
+    if _MADVISE is not None and len(part):
+        address = part.ctypes.data
+        before = address % mmap.PAGESIZE
+        _MADVISE(address - before, before + len(part), _POPULATE_READ)  # a hint; what it misses is met as a fault
 
 
 def _forget(library: Native, place: int) -> None:

@@ -77,6 +77,11 @@ def into_sink(sink: Sink) -> Iterator[None]:
         _sink.reset(token)
 
 
+def has_sink() -> bool:
+    """Whether parameters go to a sink, so that none is kept by the model."""
+    return _sink.get() is not None
+
+
 class _Quantize(ConversionOps):
     """A dense tensor from a checkpoint becomes a quantized parameter."""
 

@@ -192,7 +192,13 @@ def output_layers(model: nn.Module) -> list[str]:
 
 
 def report(model: nn.Module, skipped: dict[str, str] | None = None) -> QuantizationReport:
-    """Count what a model holds."""
+    """Count what a model holds.
+
+    Args:
+        model: any module.
+        skipped: parameter name -> why it is not quantized. It may come from before the model's parameters were tied:
+            a head that is quantized after all, as the embedding that it is tied to, is left out.
+    """
     quantized = total = nbytes = quantized_nbytes = 0
     for parameter in model.parameters():
         total += parameter.numel()
@@ -201,7 +207,9 @@ def report(model: nn.Module, skipped: dict[str, str] | None = None) -> Quantizat
         if isinstance(parameter, QuantizedTensor):
             quantized += parameter.numel()
             quantized_nbytes += size
-    return QuantizationReport(quantized, total, nbytes, quantized_nbytes, dict(skipped or {}))
+    dense = {name for name, p in model.named_parameters(remove_duplicate=False) if not isinstance(p, QuantizedTensor)}
+    kept = {name: reason for name, reason in (skipped or {}).items() if name in dense}
+    return QuantizationReport(quantized, total, nbytes, quantized_nbytes, kept)
 
 
 def weight_shape(module: Any) -> tuple[int, int]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from halfbyte.train.recipe import Recipe
 
 MANIFEST = "checkpoint.json"
-VERSION = 2  # of the layout above, and of what state.json holds
+VERSION = 3  # of the layout above, and of what state.json holds
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 

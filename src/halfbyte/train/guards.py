@@ -17,6 +17,7 @@ lose updates, casting the activations up to float32 (peft's way without autocast
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -25,10 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from halfbyte.errors import NonFiniteError
-from halfbyte.train.optimizers import library_options, make_optimizer
+from halfbyte.train import ranks
+from halfbyte.train.optimizers import make_optimizer
 from halfbyte.train.resume import Resumable
 from halfbyte.train.sampling import ByLength
 from halfbyte.train.state import generators, set_generators
@@ -43,9 +46,12 @@ class Guards(Resumable):
     """Stands in front of a library's trainer in the list of base classes."""
 
     recipe: Recipe  # set by the trainer
+    _not_finite: NonFiniteError | None = None  # found in this step
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if ranks.count() > 1:
+            _share_trained_only(self.model)
         for library_callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(library_callback)
 
@@ -84,7 +90,7 @@ class Guards(Resumable):
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         if not self.recipe.group_by_length:
             return super()._get_train_sampler(rows)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks.count()
         return ByLength(batch, [len(ids) for ids in rows["input_ids"]], self.recipe.seed)
 
     def compute_loss(
@@ -94,21 +100,23 @@ class Guards(Resumable):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The library's loss, refused when it is not finite."""
+        """The library's loss, looked at: `_clip_grad_norm`, which is there for the whole step, refuses it."""
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
-        if not torch.isfinite(loss).all():
-            step = self.state.global_step + 1
-            raise NonFiniteError(f"the loss at step {step} is {loss.item()}; {self._first_not_finite(model, inputs)}.")
+        if self._not_finite is None and not torch.isfinite(loss).all():
+            found = f"the loss at step {self.state.global_step + 1} is {loss.item()}; {self._first_not_finite(inputs)}."
+            self._not_finite = NonFiniteError(found)
         return result
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        ranks.check(self._not_finite)
         norm = super()._clip_grad_norm(model)
         # With float16 the loss scaler answers an overflow by skipping the step; it is no defect until the loss is no
         # longer scaled up at all.
         scaler = self.accelerator.scaler
         if (scaler is None or scaler.get_scale() < 1) and not math.isfinite(float(norm)):
-            for name, parameter in model.named_parameters():
+            whole: Any = self.model  # not `model`, which may be wrapped for several processes
+            for name, parameter in whole.named_parameters():
                 if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                     raise NonFiniteError(f"step {self.state.global_step + 1}: the gradient of {name} is not finite.")
         return norm
@@ -125,23 +133,42 @@ class Guards(Resumable):
         model.eval()
         totals: Counter[str] = Counter()
         with torch.no_grad(), self.accelerator.autocast():
-            for rows in self.get_eval_dataloader(eval_dataset):
-                totals.update(self.sums(model, self._prepare_inputs(rows)))
+            for batch in self._share_of_batches(self.eval_dataset if eval_dataset is None else eval_dataset):
+                totals.update(self.sums(model, self._prepare_inputs(batch)))
         model.train(was_training)
         set_generators(states)
+        totals = functools.reduce(_added, ranks.gathered(totals))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.means(totals).items()}
         self.log(dict(metrics))  # the library adds to what it logs
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _first_not_finite(self, model: torch.nn.Module, inputs: dict[str, Any]) -> str:
+    def _share_of_batches(self, rows: Any) -> DataLoader[Any]:
+        """Of the rows to measure on, this process's: each row once, where accelerate's would fill up the last batch."""
+        share = rows.shard(ranks.count(), ranks.index(), contiguous=True)
+        return DataLoader(share, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+
+    def _first_not_finite(self, inputs: dict[str, Any]) -> str:
         """Where it began: a weight, else the first module output of this batch, in order of computation."""
+        model: Any = self.model
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and parameter.requires_grad and not torch.isfinite(parameter).all():
                 return f"the first tensor that is not finite is the weight {name}"
         with torch.no_grad(), _watch_outputs(model) as found:
             self.forward_again(model, inputs)
         return f"the first tensor that is not finite is the output of {found[0]}" if found else "every output is finite"
+
+
+def _added(totals: Counter[str], more: Counter[str]) -> Counter[str]:
+    """The sum; Counter's own leaves out what is not above zero."""
+    totals.update(more)
+    return totals
+
+
+def _share_trained_only(model: Any) -> None:
+    """Leave what is frozen out of what DistributedDataParallel sends around: it was read from the same files."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in model.named_buffers())]
 
 
 @contextmanager
@@ -183,7 +210,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def options(recipe: Recipe, folder: Path, rows: int) -> dict[str, Any]:
     """The recipe in the words of transformers' TrainingArguments."""
-    batches = math.ceil(rows / recipe.per_device_train_batch_size)
+    batches = math.ceil(rows / (recipe.per_device_train_batch_size * ranks.count()))
     steps = recipe.max_steps or math.ceil(
         math.ceil(batches / recipe.gradient_accumulation_steps) * recipe.num_train_epochs
     )
@@ -203,9 +230,10 @@ def options(recipe: Recipe, folder: Path, rows: int) -> dict[str, Any]:
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,
-        **library_options(recipe),
+        "optim": "adamw_torch",  # replaced by `Guards.create_optimizer`
         "bf16": recipe.compute_dtype == "bfloat16",
         "fp16": recipe.compute_dtype == "float16",
+        "ddp_broadcast_buffers": False,  # nothing writes to them
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": recipe.logging_steps,
         "logging_nan_inf_filter": False,  # it would replace a NaN by the last good loss in the log

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl import KTOConfig, KTOTrainer
 
+from halfbyte.train import ranks
 from halfbyte.train.guards import Guards, float32_masters, options, pad_id
 from halfbyte.train.reference import REFERENCE, answer_outputs, no_second_adapter, pad_answers, with_reference
 
@@ -136,8 +137,12 @@ class JudgmentTrainer(Guards, KTOTrainer):
         """With trl's fused head, as in training."""
         return answer_outputs(model, inputs)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
-        return sum(len(batch["label"]) for batch in batch_samples)
+    # the library only hands it on to `compute_loss`
+    def _get_num_items_in_batch(  # type: ignore[override]
+        self, batch_samples: list[Any], device: torch.device
+    ) -> float:
+        """Rows of the step in a process, on average: gradients are averaged over the processes."""
+        return sum(ranks.gathered(sum(len(batch["label"]) for batch in batch_samples))) / ranks.count()
 
     def compute_loss(
         self,
@@ -164,7 +169,7 @@ class JudgmentTrainer(Guards, KTOTrainer):
 
     def means(self, totals: Counter[str]) -> dict[str, float]:
         """The loss; the share of rows whose answer moved the right way; by how much good answers lead bad ones."""
-        ratios, others, label = torch.cat(self._measured, dim=1)
+        ratios, others, label = torch.cat([part for parts in ranks.gathered(self._measured) for part in parts], dim=1)
         good, rest = label == 1, others.mean().clamp(min=0)
         side = torch.where(good, 1.0, -1.0)
         rewards = self.beta * ratios

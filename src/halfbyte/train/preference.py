@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer
 
+from halfbyte.train import ranks
 from halfbyte.train.guards import Guards, float32_masters, options, pad_id
 from halfbyte.train.reference import REFERENCE, answer_outputs, no_second_adapter, pad_answers, with_reference
 
@@ -119,8 +120,12 @@ class PreferenceTrainer(Guards, DPOTrainer):
         """With trl's fused head, as in training."""
         return answer_outputs(model, inputs)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
-        return sum(len(batch["input_ids"]) for batch in batch_samples) // 2
+    # the library only hands it on to `compute_loss`
+    def _get_num_items_in_batch(  # type: ignore[override]
+        self, batch_samples: list[Any], device: torch.device
+    ) -> float:
+        """Pairs of the step in a process, on average: gradients are averaged over the processes."""
+        return sum(ranks.gathered(sum(len(batch["input_ids"]) // 2 for batch in batch_samples))) / ranks.count()
 
     def compute_loss(
         self,

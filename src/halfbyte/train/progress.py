@@ -44,6 +44,14 @@ class Metrics(TrainerCallback):
         """What a run that goes on in another process has to know."""
         return {"seconds": self.seconds, "tokens": self.tokens, "losses": list(self.losses)}
 
+    def summary(self) -> dict[str, float | None]:
+        """What is worth knowing of it afterwards."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 1),
+            "final_loss": self.losses[-1] if self.losses else None,
+        }
+
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on counting from there."""
         self._before = self.seconds = state["seconds"]

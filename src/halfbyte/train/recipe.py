@@ -151,6 +151,9 @@ class Recipe(BaseModel):
     paged: Literal["none", "host", "file"] = Field(
         "none", description="where optimizer state lies when not in memory: host (CUDA) or file (CPU)"
     )
+    galore_rank: int = Field(128, ge=1, description="of the gradients' projections, for galore_adamw")
+    galore_update_interval: int = Field(200, ge=1, description="steps after which a projection is made anew")
+    galore_scale: float = Field(0.25, gt=0, description="what projected updates are multiplied by")
 
     logging_steps: int = Field(10, ge=1)
     report_to: Literal["none", "tensorboard", "wandb"] = Field(
@@ -344,8 +347,10 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
                 f"optim is {optim!r}, which projects whole matrices, but method is {method!r}; choose adamw_8bit, or "
                 "method full."
             )
-        if paged not in ("none", None):
-            found.append(f"paged is {paged!r}, but {optim} is not ours to page; choose none.")
+    else:
+        for key in ("galore_rank", "galore_update_interval", "galore_scale"):
+            if values.get(key) not in (None, Recipe.model_fields[key].default):
+                found.append(f"{key} is {values[key]!r} but optim is {optim or 'adamw'!r}; choose galore_adamw.")
     if isinstance(optim, str) and optim.startswith("paged_") and paged == "none":
         found.append(f"optim is {optim!r} but paged is 'none'; choose host or file, or leave it out.")
     if values.get("eval_dataset") and values.get("eval_split"):

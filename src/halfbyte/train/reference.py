@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from halfbyte.data import IGNORE, pad_rows
+from halfbyte.train import ranks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,17 +78,18 @@ def with_reference(
             if file.metadata().get("rows") == digest:
                 kept = {name: file.get_tensor(name).tolist() for name in names}
                 return concatenate_datasets([rows, Dataset.from_dict(kept)], axis=1)
-    model = trainer.model
+    model, share = trainer.model, rows.shard(ranks.count(), ranks.index(), contiguous=True)
     was_training = model.training
     model.eval()
-    found: list[torch.Tensor] = []
-    batches = DataLoader(rows, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+    found = [torch.empty(len(names), 0)]  # a process may have no share
+    batches = DataLoader(share, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
     with torch.no_grad(), trainer.accelerator.autocast():
         for batch in batches:
             found.append(measure(model, trainer._prepare_inputs(batch)).float().cpu())
     model.train(was_training)
-    tensors = {name: values.contiguous() for name, values in zip(names, torch.cat(found, dim=1), strict=True)}
-    save_file(tensors, path, metadata={"rows": digest})
+    columns = torch.cat(ranks.gathered(torch.cat(found, dim=1)), dim=1)
+    tensors = {name: values.contiguous() for name, values in zip(names, columns, strict=True)}
+    ranks.from_first(lambda: save_file(tensors, path, metadata={"rows": digest}))
     return concatenate_datasets([rows, Dataset.from_dict({n: t.tolist() for n, t in tensors.items()})], axis=1)
 
 

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from halfbyte.errors import CheckpointError, NonFiniteError, RequestError, StoppedError
+from halfbyte.train import ranks
 from halfbyte.train.adapter import AdapterTraining
 from halfbyte.train.checkpoints import new_checkpoint, read_checkpoint, remove_old
 from halfbyte.train.state import Tensors, decode, encode, generators, set_generators
@@ -64,6 +65,8 @@ class Resumable(AdapterTraining):
             StoppedError: Ctrl-C or SIGTERM; a checkpoint was written.
         """
         stop, patience = StopOnSignal(), self.recipe.early_stopping_patience
+        if ranks.index():  # other dropout than the first process has on its rows
+            set_seed(self.recipe.seed + ranks.index())
         self.add_callback(FollowBest(self.recipe))
         self.add_callback(stop)
         try:
@@ -83,6 +86,11 @@ class Resumable(AdapterTraining):
             self._load_weights(read_checkpoint(best).folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.store_flos()
+        processes = ranks.gathered({"generators": generators(), "counts": self._counts()})
+        ranks.from_first(lambda: self._write_checkpoint(processes))
+
+    def _write_checkpoint(self, processes: list[dict[str, Any]]) -> None:
         step, run = self.state.global_step, Path(str(self.args.output_dir))
         whole, optimizer, scheduler, scaler = self._parts()
         trained = trained_tensors(whole)
@@ -91,14 +99,12 @@ class Resumable(AdapterTraining):
                 raise NonFiniteError(
                     f"after step {step} the weight {name} is not finite; no checkpoint of it was made."
                 )
-        self.store_flos()
         everything = {
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "generators": generators(),
+            "processes": processes,
             "adapter_errors": self.storage.errors if self.storage is not None else {},
-            "counts": self._counts(),
             "metrics": self._metrics_log.state(),
             "facts": self.facts,
         }
@@ -121,7 +127,13 @@ class Resumable(AdapterTraining):
         self._load_weights(folder)
         plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "state.safetensors")
-        self._found = found = decode(plain, tensors)
+        found = decode(plain, tensors)
+        if (then := len(found["processes"])) != (now := ranks.count()):
+            raise RequestError(
+                f"the run in {folder.parent} was begun in {then} processes, and now there are {now}; start as many, "
+                "or remove that folder to begin again."
+            )
+        self._found = found = {**found, **found["processes"][ranks.index()]}
         check_same_data(found["facts"], self.facts, folder.parent)
         self.facts = found["facts"]
         shutil.copyfile(folder / "metrics.jsonl", self._metrics_log.path)
@@ -301,8 +313,9 @@ class StopOnSignal(TrainerCallback):
         self.__exit__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the loop to save and to end."""
-        if self.received is not None:
+        """Ask the loop to save and to end, in all processes after the same step."""
+        if number := max(ranks.gathered(int(self.received or 0))):
+            self.received = signal.Signals(number)
             self.stopped = control.should_save = control.should_training_stop = True
 
     def check(self, step: int, steps: int) -> None:

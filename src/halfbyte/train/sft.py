@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +39,7 @@ from halfbyte import env
 from halfbyte.device import this_machine
 from halfbyte.errors import RequestError
 from halfbyte.tensor import QuantizedTensor
+from halfbyte.train import ranks
 from halfbyte.train.memory import PeakMemory
 from halfbyte.train.new_tokens import Pieces, add_rows, show_bias, tokenizer_of, trained_rows
 from halfbyte.train.optimizers import check_optimizer
@@ -50,6 +53,8 @@ from halfbyte.train.watching import PLOT, SAMPLES, Sampler, Samples, Tracker, ch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from halfbyte.data import Tokenized
 
 USUAL_LENGTH = 1024  # tokens of a row where the recipe does not say and the model allows it
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
@@ -76,6 +81,12 @@ class Inputs(DataInputs):
     targets: str | list[str]
     config: PretrainedConfig
     outline: Outline
+
+    def rows(self) -> tuple[Tokenized, Tokenized | None]:
+        """What is trained on, and what is measured on."""
+        task, options = self.task, (self.tokenizer, self.max_length)
+        measured_on = task.tokenize(task.eval_examples, *options) if task.eval_examples else None
+        return task.tokenize(task.examples, *options), measured_on
 
 
 @dataclass(frozen=True)
@@ -130,20 +141,18 @@ def train(
     """
     from halfbyte.models import check_output_folder
 
-    if (processes := env.world_size()) > 1:
-        raise RequestError(
-            f"halfbyte trains in one process, and a launcher has started {processes}; start it without torchrun."
-        )
-    console = console or Console(stderr=True)
     if recipe.is_local:
         env.go_offline()
     env.quiet_libraries()
-    if resume and (finished := finished_summary(recipe)) is not None:
-        console.print(f"{recipe.output_dir} is finished already")
-        return finished
-    check_output_folder(recipe.output_dir)
-    inputs = check_request(recipe)
-    with unfinished_run(recipe, resume=resume, tell=console.print) as run:
+    with ranks.joined(), ExitStack() as stack:
+        console = console or Console(stderr=True, quiet=not ranks.is_first())
+        tell = console.print
+        if resume and (finished := ranks.from_first(lambda: finished_summary(recipe))) is not None:
+            tell(f"{recipe.output_dir} is finished already")
+            return finished
+        ranks.from_first(lambda: check_output_folder(recipe.output_dir))
+        inputs = ranks.together(lambda: check_request(recipe))
+        run = ranks.from_first(lambda: stack.enter_context(unfinished_run(recipe, resume=resume, tell=tell)))
         return _train_in(run, recipe, inputs, Measures(evaluator, sampler), console)
 
 
@@ -157,6 +166,11 @@ def check_request(recipe: Recipe) -> Inputs:
 
     check_optimizer(recipe)
     check_tracker(recipe)
+    if recipe.adapter_dtype != "float32" and ranks.count() > 1:
+        raise RequestError(
+            f"adapter_dtype is {recipe.adapter_dtype!r}, and each of {ranks.count()} processes would round by its own "
+            "chance; choose 'float32', or train in one process."
+        )
     task = TASKS[recipe.task](recipe)
     if not is_hub_name(recipe.model_name_or_path):
         check_model_folder(recipe.model_name_or_path)
@@ -207,14 +221,14 @@ def _train_in(run: Unfinished, recipe: Recipe, inputs: Inputs, measures: Measure
     memory = PeakMemory()
     set_seed(recipe.seed)  # adapters and heads start from random numbers
     task, tokenizer = inputs.task, inputs.tokenizer
-    rows = task.tokenize(task.examples, tokenizer, inputs.max_length)
-    eval_rows = task.tokenize(task.eval_examples, tokenizer, inputs.max_length) if task.eval_examples else None
+    rows, eval_rows = ranks.together(inputs.rows)
     console.print(f"data: {rows.report}")
     warnings = _warn(recipe, inputs, rows.report.longest, console)
     head = inputs.outline.head
     base = load_base(recipe, head=head, num_labels=len(task.labels) or None)
     model = _adapted(base, recipe, inputs, console)
-    metrics, tracker = Metrics(run.folder / "metrics.jsonl", console), Tracker(recipe, run.folder)
+    metrics = Metrics(run.folder / "metrics.jsonl" if ranks.is_first() else Path(os.devnull), console)
+    tracker = Tracker(recipe, run.folder)
     trainer = task.trainer()(
         model,
         recipe,
@@ -222,7 +236,7 @@ def _train_in(run: Unfinished, recipe: Recipe, inputs: Inputs, measures: Measure
         eval_rows=eval_rows.dataset if eval_rows else None,
         tokenizer=tokenizer,
         folder=run.folder,
-        callbacks=[metrics, *tracker.callbacks],
+        callbacks=[metrics, *(tracker.callbacks if ranks.is_first() else ())],
     )
     asked = Samples(task.eval_examples or task.examples, recipe.samples, tokenizer, inputs.max_length)
     data = rows.report.as_dict()
@@ -240,22 +254,25 @@ def _train_in(run: Unfinished, recipe: Recipe, inputs: Inputs, measures: Measure
         **trainable_report(model),
         "trained_whole": [*recipe.modules_to_save, *head],
         "warnings": warnings,
+        "processes": ranks.count(),
         "steps": trainer.state.global_step,
-        "seconds": round(metrics.seconds, 3),
-        "tokens_per_second": round(metrics.tokens / max(metrics.seconds, 1e-9), 1),
+        **metrics.summary(),
         "peak_memory_bytes": memory.host(),
         "peak_gpu_memory_bytes": memory.device(),
-        "final_loss": metrics.losses[-1] if metrics.losses else None,
         "before": trainer.facts["before"],
         "after": after,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": _versions(),
     }
-    with run.finish(Path(recipe.output_dir).absolute()) as folder:
-        _write(folder, recipe, model, tokenizer, summary)
-        shutil.copyfile(metrics.path, folder / metrics.path.name)
-        asked.write(folder / SAMPLES, trainer.facts["answers"], answered)
-        plot_losses(metrics.path, folder / PLOT)
-        tracker.finish(folder)
+
+    def finish() -> None:
+        with run.finish(Path(recipe.output_dir).absolute()) as folder:
+            _write(folder, recipe, model, tokenizer, summary)
+            shutil.copyfile(metrics.path, folder / metrics.path.name)
+            asked.write(folder / SAMPLES, trainer.facts["answers"], answered)
+            plot_losses(metrics.path, folder / PLOT)
+            tracker.finish(folder)
+
+    ranks.from_first(finish)
     return summary
 
 
@@ -371,6 +388,10 @@ def _adapted(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, console: Con
         share = init_loftq(model, recipe.model_name_or_path)
         console.print(f"adapter: starts with {share:.1%} of the squared quantization error, by LoftQ")
     return model
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def _cost_of(base: PreTrainedModel) -> dict[str, Any]:

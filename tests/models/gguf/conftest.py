@@ -34,7 +34,7 @@ def sentencepiece(prefix: bool):
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trained.train_from_iterator(TEXT.split("\n"), trainers.BpeTrainer(vocab_size=160, show_progress=False))
-    pieces = sorted(trained.get_vocab(), key=trained.token_to_id)
+    pieces = [*sorted(trained.get_vocab(), key=trained.token_to_id), "▁▁", "▁▁▁"]
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocabulary = {word: index for index, word in enumerate(words)}
     merges = [
@@ -49,7 +49,7 @@ def sentencepiece(prefix: bool):
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     core.add_special_tokens([AddedToken(word, normalized=False) for word in words[:3]])
     core.add_special_tokens([AddedToken("<|user|>", normalized=False)])
-    core.add_tokens([AddedToken("▁▁", normalized=False)])
+    core.add_tokens([AddedToken(word, normalized=False) for word in pieces[-2:]])  # as Gemma's are
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE

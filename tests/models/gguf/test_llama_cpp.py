@@ -6,8 +6,10 @@ What is left between it and llama.cpp is llama.cpp's own arithmetic, and its siz
 * f32: float32 sums in another order. How much that may change the logits is what it changes them in transformers, in
   float32, when the sums are the same: the two differ by a small factor, and 8 of it is allowed.
 * other types: llama.cpp rounds what goes into each product too, to the type that the weights' product takes (float16,
-  bfloat16, or blocks of 8 bits). The reference does the same rounding; what a value on the edge of a rounding may fall
-  the other way changes is a part of what the rounding changes altogether, and no more than that is allowed.
+  bfloat16, or blocks of 8 bits). The reference does the same rounding, and as long as no value lies on the edge of two
+  codes, the two agree as f32 does. From the first one that falls the other way on, the roundings of later layers have
+  less and less in common; two that have nothing in common differ by the root of 2 of what one of them changes, which is
+  measured beside. That is the bound.
 
 Keys and values are kept in float32 (llama.cpp's default is float16), and Gemma's activation is looked up in a table of
 float16 there, which the reference does as well.
@@ -16,6 +18,8 @@ float16 there, which the reference does as well.
 from __future__ import annotations
 
 import contextlib
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +47,7 @@ ALL = [
 FACTOR = {"f32": None, "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q8_0", "q4_1": "Q8_1", "q5_0": "Q8_0"}
 TEXTS = [
     "Once upon a time there was a small model.",
+    "a  b   c    d     e",
     "The other day: \"I'm 12345 days old\"\n\nit's  big  \n  naïve café; großes 日本語 🦙",
     "x",
 ]
@@ -114,7 +119,11 @@ class Reference:
 
         from halfbyte.models.gguf.architectures import ARCHITECTURES, Sizes, locate
 
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",  # sdpa leaves out Gemma 2's cap on the attention's logits
+        ).eval()
         architecture, sizes = ARCHITECTURES[type(self.model).__name__], Sizes.of(self.model.config)
         stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
         modules = dict(self.model.named_modules())
@@ -162,7 +171,7 @@ def agree(folder: Path, path: Path, kind: str, ids: list[int], **options) -> tup
         single = Reference(folder, path, torch.float32, rounding=False)(ids)
         return _rms(ours - exact), 8 * _rms(single - exact)
     like = Reference(folder, path, torch.float32, rounding=True)(ids)
-    return _rms(ours - like), _rms(like - exact)
+    return _rms(ours - like), math.sqrt(2) * _rms(like - exact)
 
 
 def _rms(values: np.ndarray) -> float:
@@ -196,6 +205,37 @@ def test_text_becomes_the_same_tokens(gguf_folder, files, family):
     assert model.tokenize(marked.encode(), add_bos=False, special=True) == tokenizer.encode(
         marked, add_special_tokens=False
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize(
+    ("content", "normalized"), [("<tool>", False), ("<tool>", True), ("the  model", False), ("▁x", True), ("▁x", False)]
+)
+def test_an_added_token_is_found_where_transformers_finds_it(gguf_folder, tmp_path, family, content, normalized):
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    if normalized and family == "llama":
+        pytest.skip("transformers normalizes it to '▁' and itself, llama.cpp does not: the export says so in a note")
+    folder = shutil.copytree(gguf_folder(family), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(AddedToken(content, normalized=normalized))
+    tokenizer.save_pretrained(folder)
+    export_gguf(folder, tmp_path / "model.gguf", "f32")
+    with contextlib.closing(load(tmp_path / "model.gguf")) as model:
+        for text in ("x the  model<tool>the <tool>  the  modelx x", " x", "<tool>"):
+            assert model.tokenize(text.encode(), add_bos=True) == tokenizer.encode(text), text
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_runs_of_spaces_come_back(gguf_folder, files, family):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf_folder(family))
+    ids = tokenizer.convert_tokens_to_ids(["▁the", "▁▁", "▁▁▁", "▁the"])
+    with contextlib.closing(load(files(family, "f32"))) as model:
+        assert model.detokenize(ids, special=True) == b" the      the"
+        assert tokenizer.decode(ids) == " the      the"
 
 
 @pytest.mark.parametrize("family", ALL)

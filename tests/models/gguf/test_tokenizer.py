@@ -73,6 +73,7 @@ def test_scores_merge_as_the_merges_do(build, prefix):
         "x",
         "Später? 日本 🦙!",
         "othother the they",
+        "a  b   c    d",
     ):
         assert greedy(values, text) == tokenizer.encode(text, add_special_tokens=False), text
 
@@ -83,11 +84,43 @@ def test_types_of_tokens_and_rows_without_one(build):
     kinds = dict(zip(values["tokens"], values["token_type"], strict=True))
     assert kinds["<unk>"] == UNKNOWN and kinds["<s>"] == kinds["</s>"] == kinds["<|user|>"] == CONTROL
     assert kinds["<0x0A>"] == BYTE and kinds["▁the"] == NORMAL
-    assert kinds["  "] == USER_DEFINED  # llama.cpp looks for it before it replaces spaces
+    assert kinds["▁▁"] == NORMAL  # although it is an added token: merges make it
     assert [kinds[token] for token in values["tokens"][-2:]] == [UNUSED, UNUSED]
     assert len(set(values["tokens"])) == len(values["tokens"]) == len(tokenizer) + 2
     with pytest.raises(RequestError, match="resize the model's embeddings"):
         tables(tokenizer, len(tokenizer) - 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "normalized", "text", "kind"),
+    [
+        ("▁x", True, " x", USER_DEFINED),  # found where ▁ stands for a space, and llama.cpp looks before it does
+        ("a b", False, "a b", USER_DEFINED),
+        ("<▁>", False, "<▁>", USER_DEFINED),
+        ("▁the▁", False, None, UNUSED),  # transformers takes only ▁ for it, llama.cpp would take spaces
+    ],
+)
+def test_added_tokens_with_spaces(build, content, normalized, text, kind):
+    tokenizer = build.sentencepiece(False)
+    tokenizer.add_tokens(AddedToken(content, normalized=normalized))
+    values, notes = tables(tokenizer)
+    assert values["token_type"][-1] == kind
+    assert values["tokens"][-1] == (text or f"[PAD{len(tokenizer) - 1}]")
+    assert bool(notes) == (text is None) and all("is left out" in note for note in notes)
+
+
+def test_an_added_token_that_is_found_after_a_space_only_is_told(build):
+    tokenizer = build.sentencepiece(True)
+    tokenizer.add_tokens("<tool>")
+    ids = tokenizer.encode("x<tool> <tool>", add_special_tokens=False)
+    assert ids.count(len(tokenizer) - 1) == 1
+    assert "'<tool>' is found by transformers after a space only" in tables(tokenizer)[1][0]
+
+
+def test_an_added_token_of_a_byte_level_tokenizer_keeps_its_text(build):
+    tokenizer = build.byte_level(build.QWEN2, ignore_merges=False, bos=False)
+    tokenizer.add_tokens("<tool▁call>")
+    assert tables(tokenizer)[0]["tokens"][-1] == "<tool▁call>"
 
 
 def test_a_filler_does_not_repeat_a_token(build):
@@ -146,6 +179,14 @@ def test_a_merge_that_only_llama_cpp_would_make_is_refused(build):
     model = core["model"] | {"merges": [merge for merge in core["model"]["merges"] if merge != [left, right]]}
     with pytest.raises(RequestError, match=re.escape(f"would merge {left!r} and {right!r}")):
         tables(described(build.sentencepiece(True), model=model))
+
+
+def test_a_character_that_is_no_token_is_merged_by_llama_cpp_all_the_same(build):
+    core = json.loads(build.sentencepiece(True).backend_tokenizer.to_str())
+    model = core["model"] | {"vocab": core["model"]["vocab"] | {"qx": len(core["model"]["vocab"])}}
+    assert "q" not in model["vocab"]
+    with pytest.raises(RequestError, match="would merge 'q' and 'x'"):
+        tables(described(build.sentencepiece(True), model=model, added_tokens=[]))
 
 
 def test_merges_whose_order_no_score_can_say_are_refused():

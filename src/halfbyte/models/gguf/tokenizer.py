@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,20 +126,23 @@ def _sentencepiece(described: dict[str, Any], rows: int, notes: list[str]) -> di
         last = made
     known = set(merges)
     for token in vocabulary:
-        if len(token) == 1 or token in added or _byte(token) is not None:
+        if len(token) == 1 or (token in added and token not in score) or _byte(token) is not None:
             continue
-        for cut in range(1, len(token)):
-            pair = token[:cut], token[cut:]
-            if pair[0] in vocabulary and pair[1] in vocabulary and pair not in known:
-                raise RequestError(
-                    f"llama.cpp would merge {pair[0]!r} and {pair[1]!r}, and this tokenizer has no such merge"
-                )
+        odd = next((pair for pair in _halves(token, vocabulary) if pair not in known), None)
+        if odd is not None:
+            raise RequestError(f"llama.cpp would merge {odd[0]!r} and {odd[1]!r}, and this tokenizer has no such merge")
 
     def classify(token: str) -> tuple[str, int]:
         return token, BYTE if _byte(token) is not None else NORMAL
 
+    def classify_added(token: dict[str, Any]) -> tuple[str, int]:
+        text = token["content"]
+        if not token["normalized"] and text in score:
+            return text, NORMAL  # Gemma's runs of spaces: found as ▁ in the text, made from spaces by merges
+        return _added_text(token, any(True for _ in _halves(text, vocabulary)), notes)
+
     lowest = -float(len(merges))
-    tokens, kinds = _list_tokens(described, rows, classify)
+    tokens, kinds = _list_tokens(described, rows, classify, classify_added)
     return {
         "model": "llama",
         "pre": "default",
@@ -150,11 +153,39 @@ def _sentencepiece(described: dict[str, Any], rows: int, notes: list[str]) -> di
     }
 
 
+def _halves(token: str, vocabulary: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """The pairs that llama.cpp would merge into a token: of tokens, and of any characters, be they tokens or not."""
+    cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+    return (pair for pair in cuts if all(len(half) == 1 or half in vocabulary for half in pair))
+
+
+def _added_text(token: dict[str, Any], made: bool, notes: list[str]) -> tuple[str, int]:
+    """An added token where spaces become ▁: its text and type.
+
+    transformers looks for it before its normalizer has run, or after (`normalized`); llama.cpp always before.
+
+    Args:
+        token: its description.
+        made: whether llama.cpp would also make it from the tokens of its parts.
+        notes: gets what is different.
+    """
+    text: str = token["content"]
+    if token["normalized"]:
+        return text.replace(_SPACE, " "), USER_DEFINED
+    if _SPACE in text and made:
+        notes.append(f"{text!r} is left out: it stands for {_SPACE} itself, and llama.cpp would take spaces for it")
+        return "", UNUSED
+    return text, USER_DEFINED
+
+
 def _prefix_space(described: dict[str, Any], notes: list[str]) -> bool:
     """Whether a space is put before the text; refuses every normalizer and pre-tokenizer but the known ones."""
     steps = [step for step in _steps(described["normalizer"], "normalizers") if step != _replace(" ", _SPACE)]
     if steps == [{"type": "Prepend", "prepend": _SPACE}]:
         prepended, steps = True, []
+        for token in described["added_tokens"]:
+            if token["normalized"]:
+                notes.append(f"{token['content']!r} is found by transformers after a space only, by llama.cpp anywhere")
     else:
         prepended = False
     if steps:
@@ -194,7 +225,9 @@ def _byte_level(described: dict[str, Any], rows: int, notes: list[str]) -> dict[
     merges = [" ".join(_pair(merge)) for merge in model["merges"]]
     if not merges:
         raise RequestError("a byte-level tokenizer without merges cannot be said in GGUF")
-    tokens, kinds = _list_tokens(described, rows, lambda token: (token, NORMAL))
+    tokens, kinds = _list_tokens(
+        described, rows, lambda token: (token, NORMAL), lambda token: (token["content"], USER_DEFINED)
+    )
     return {"model": "gpt2", "pre": name, "tokens": tokens, "token_type": kinds, "merges": merges}
 
 
@@ -246,7 +279,7 @@ def _characters(described: dict[str, Any], rows: int, notes: list[str]) -> dict[
             return token, UNKNOWN
         return token.replace(" ", _SPACE), CONTROL if token in added else NORMAL
 
-    tokens, kinds = _list_tokens(described, rows, classify)
+    tokens, kinds = _list_tokens(described, rows, classify, lambda token: _added_text(token, True, notes))
     return {
         "model": "t5",
         "pre": "default",
@@ -259,9 +292,12 @@ def _characters(described: dict[str, Any], rows: int, notes: list[str]) -> dict[
 
 # ----------------------------------------------------------------------------------------------------- all of them
 def _list_tokens(
-    described: dict[str, Any], rows: int, classify: Callable[[str], tuple[str, int]]
+    described: dict[str, Any],
+    rows: int,
+    classify: Callable[[str], tuple[str, int]],
+    classify_added: Callable[[dict[str, Any]], tuple[str, int]],
 ) -> tuple[list[str], list[int]]:
-    """Every row's text and type: added tokens from their own list, the rest as `classify` says, gaps as unused."""
+    """Every row's text and type: added tokens from their own list, what is special of them as such, gaps as unused."""
     tokens, kinds = [""] * rows, [UNUSED] * rows
     for token, index in described["model"]["vocab"].items():
         tokens[index], kinds[index] = classify(token)
@@ -271,8 +307,7 @@ def _list_tokens(
         if added["special"]:
             tokens[index], kinds[index] = text, UNKNOWN if text == unknown else CONTROL
         else:
-            # llama.cpp looks for these in the text before it replaces spaces.
-            tokens[index], kinds[index] = text.replace(_SPACE, " "), USER_DEFINED
+            tokens[index], kinds[index] = classify_added(added)
     taken = set(tokens)
     for index, text in enumerate(tokens):
         if not text:
