@@ -324,14 +324,24 @@ struct AdamWStep {
         for (int64_t i = 0; i < (count + 1) / 2; ++i) bytes[i] = uint8_t(codes[2 * i] << 4 | codes[2 * i + 1]);
     }
 
-    // x [count, padded] / scale [count, padded] -> nearest codes of a 4-bit map, by counting the thresholds below.
+    // x [count, padded] / scale [count, padded] -> nearest codes of a 4-bit map: how many of the 15 thresholds are below,
+    // found by halving.
     static void encode4(const float *x, const float *scale, const float *thresholds, int64_t count, uint8_t *codes) {
         for (int64_t i = 0; i < count; i += kWidth) {
             const F ratio = Lanes::div(Lanes::load(x + i), Lanes::max(Lanes::load(scale + i), Lanes::set(kTiny)));
             I rank = Lanes::seti(0);
-            for (int k = 0; k < 15; ++k) rank = Lanes::add_if_greater(rank, ratio, Lanes::set(thresholds[k]));
+            rank = halve<8>(thresholds, ratio, rank);
+            rank = halve<4>(thresholds, ratio, rank);
+            rank = halve<2>(thresholds, ratio, rank);
+            rank = halve<1>(thresholds, ratio, rank);
             Lanes::store_bytes(codes + i, rank);
         }
+    }
+
+    template <int kHalf>
+    static I halve(const float *thresholds, F ratio, I rank) {
+        const F threshold = Lanes::lookup16(thresholds, Lanes::addi(rank, Lanes::seti(kHalf - 1)));
+        return Lanes::template add_if_greater<kHalf>(rank, ratio, threshold);
     }
 
     static void fill(float value, int64_t count, float *out) {
@@ -372,7 +382,7 @@ struct AdamWStep {
         unpack4(t.state2, at, count, b.codes);
         for (int64_t i = count; i < padded(count); ++i) b.codes[i] = 0;
         for (int64_t i = 0; i < count; i += kWidth) {
-            const F value = Lanes::gather(kLinear4, Lanes::load_bytes(b.codes + i));
+            const F value = Lanes::lookup16(kLinear4, Lanes::load_bytes(b.codes + i));
             Lanes::store(b.moments[0].second + i, Lanes::mul(value, Lanes::load(b.scale + i)));
         }
         for (int64_t i = count; i < padded(count); ++i) b.moments[0].second[i] = 0;
@@ -413,6 +423,25 @@ struct AdamWStep {
         }
     }
 
+    // Raises a row's largest value, and the columns', by values [count] that are not negative. Columns only ever rise, so
+    // a vector that is above none of them, as far as this thread has heard, needs no exchange: nearly all of them.
+    static void raise_row_and_columns(uint32_t *row, uint32_t *columns, const float *values, int64_t count) {
+        F most = Lanes::set(0);
+        float rest = 0;
+        int64_t i = 0;
+        for (; i + kWidth <= count; i += kWidth) {
+            const F value = Lanes::load(values + i);
+            most = Lanes::max(most, value);
+            if (!Lanes::any_greater(value, Lanes::load(reinterpret_cast<const float *>(columns + i)))) continue;
+            for (int64_t k = i; k < i + kWidth; ++k) raise(columns + k, values[k]);
+        }
+        for (; i < count; ++i) {
+            rest = std::max(rest, values[i]);
+            raise(columns + i, values[i]);
+        }
+        raise(row, std::max(rest, Lanes::largest(most)));
+    }
+
     static void rank_one(const hb_adamw_tensor &t, const hb_adamw_options &o, const RankOne &next, int64_t at,
                          int64_t count) {
         Buffers b;
@@ -426,11 +455,7 @@ struct AdamWStep {
                 Lanes::store(b.moments[0].second + i, second(numbers, Lanes::load(b.moments[0].second + i), scaled));
             }
             for_each_row(t.columns, at, size, [&](int64_t row, int64_t column, int64_t i, int64_t length) {
-                const float *values = b.moments[0].second + i;
-                float most = 0;
-                for (int64_t k = 0; k < length; ++k) most = std::max(most, values[k]);
-                raise(next.rows + row, most);
-                for (int64_t k = 0; k < length; ++k) raise(next.columns + column + k, values[k]);
+                raise_row_and_columns(next.rows + row, next.columns + column, b.moments[0].second + i, length);
             });
         }
     }

@@ -42,6 +42,13 @@ struct Eight {
         return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), table, index, _mm256_castsi256_ps(all()), 4);
     }
 
+    // Of a table of 16: both halves by the lower three bits of the index, and one of the two by the fourth.
+    static F lookup16(const float *table, I index) {
+        const F lower = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+        const F upper = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+        return _mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+    }
+
     static I seti(int32_t x) { return _mm256_set1_epi32(x); }
     static I load_bytes(const uint8_t *x) {
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(x)));
@@ -64,9 +71,12 @@ struct Eight {
         return _mm256_srli_epi32(a, by);
     }
     // A comparison that holds is -1 in every lane.
+    template <int by>
     static I add_if_greater(I sum, F a, F b) {
-        return _mm256_sub_epi32(sum, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+        const I greater = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+        return _mm256_add_epi32(sum, _mm256_and_si256(greater, seti(by)));
     }
+    static bool any_greater(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 };
 
 }  // namespace

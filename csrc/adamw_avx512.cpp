@@ -38,6 +38,8 @@ struct Sixteen {
         return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), all(), index, table, 4);
     }
 
+    static F lookup16(const float *table, I index) { return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table)); }
+
     static I seti(int32_t x) { return _mm512_set1_epi32(x); }
     static I load_bytes(const uint8_t *x) {
         return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x)));
@@ -58,9 +60,11 @@ struct Sixteen {
     static I shift_right(I a) {
         return _mm512_srli_epi32(a, by);
     }
+    template <int by>
     static I add_if_greater(I sum, F a, F b) {
-        return _mm512_mask_add_epi32(sum, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), sum, _mm512_set1_epi32(1));
+        return _mm512_mask_add_epi32(sum, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), sum, _mm512_set1_epi32(by));
     }
+    static bool any_greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 };
 
 }  // namespace

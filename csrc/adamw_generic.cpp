@@ -22,6 +22,7 @@ struct One {
     static F max(F a, F b) { return a > b ? a : b; }
     static float largest(F a) { return a; }
     static F gather(const float *table, I index) { return table[index]; }
+    static F lookup16(const float *table, I index) { return table[index]; }
 
     static I seti(int32_t x) { return x; }
     static I load_bytes(const uint8_t *x) { return *x; }
@@ -34,7 +35,11 @@ struct One {
     static I shift_right(I a) {
         return int32_t(uint32_t(a) >> by);
     }
-    static I add_if_greater(I sum, F a, F b) { return sum + (a > b); }
+    template <int by>
+    static I add_if_greater(I sum, F a, F b) {
+        return sum + (a > b ? by : 0);
+    }
+    static bool any_greater(F a, F b) { return a > b; }
 };
 
 }  // namespace

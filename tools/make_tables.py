@@ -72,7 +72,7 @@ def header() -> str:
     parts.append(_array("float", "kUnsignedDynamic", map(_hex, MOMENT2_8BIT.table().tolist())))
     for name, book in (("kDynamic4", MOMENT1_4BIT), ("kLinear4", MOMENT2_4BIT)):
         parts.append(_array("float", name, map(_hex, book.table().tolist())))
-        parts.append(_array("float", f"{name}Thresholds", map(_hex, book.thresholds().tolist())))
+        parts.append(_array("float", f"{name}Thresholds", [*map(_hex, book.thresholds().tolist()), "kInf"]))
     parts.append("}  // namespace halfbyte\n")
     return "\n".join(parts)
 
