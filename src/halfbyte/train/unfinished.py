@@ -68,9 +68,17 @@ def finished_summary(recipe: Recipe) -> dict[str, Any] | None:
     with suppress(OSError, ValueError, AttributeError):
         summary = json.loads((Path(recipe.output_dir) / "summary.json").read_text(encoding="utf-8"))
         if summary.get("recipe") == recipe.digest:
-            shutil.rmtree(place_of(recipe), ignore_errors=True)
+            _clear(place_of(recipe))
             return dict(summary)
     return None
+
+
+def _clear(folder: Path) -> None:
+    """Remove a run's folder; a kill meanwhile leaves no checkpoint in it that cannot be read."""
+    with suppress(OSError):
+        for checkpoint in list_checkpoints(folder):
+            remove(checkpoint)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -106,7 +114,7 @@ def unfinished_run(recipe: Recipe, *, resume: bool, tell: Callable[[str], None])
     finally:
         lock.release()
         if done or not list_checkpoints(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            _clear(folder)
             for path in () if done else made:
                 with suppress(OSError):  # something else is in it by now
                     path.rmdir()
