@@ -5,9 +5,13 @@
 The model is a Llama of 399 M parameters with random weights (hidden 2048, ffn 5632, 6 layers, 32 heads, 4 kv heads,
 vocabulary 32,000). halfbyte runs it in NF4 with double quantization, the output layer included, as llama.cpp's Q4_0
 file has it, which `halfbyte export` writes. Contenders are processes of their own and take turns. halfbyte's times
-are those of the engine with its scheduler, sampling and text; llama.cpp's those of its evaluation alone.
+are those of the engine with its scheduler, sampling and text; llama.cpp's those of its evaluation alone. Below the
+table each figure stands beside what the machine allows whoever reads all weights once a step, by the rates at which
+torch reads memory and multiplies dense bfloat16.
 
-Before anything is timed, halfbyte's tokens are compared with those of the same weights in transformers.
+Before anything is timed, halfbyte's tokens are compared with those of the same weights in transformers, and those of
+bitsandbytes' own kernel for answering (its layers repack their weights when they are first called in `eval`) with those
+of its layers in training, which decode and multiply.
 """
 
 from __future__ import annotations
@@ -22,12 +26,17 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from _assets import assets, finish, table
 from _llama import write_llama
+from _peers import gemm_rate, memory_bandwidth
 
 PROMPT = 16  # tokens before those that are timed
 DECODED = 32
+NF4_BITS = 4.127  # a weight, with double quantization
+BAR = 40  # characters of a limit
 PEERS = {"llama.cpp": "llama_cpp", "bitsandbytes": "bitsandbytes", "dense": "torch"}
 BATCHES = (1, 2, 4, 8, 16, 32)
 PREFILLS = (16, 128, 512, 2000)
@@ -93,17 +102,17 @@ def halfbyte_work(folder: Path) -> Work:
     seeds = iter(range(1 << 30))
 
     def run(kind: str, size: int) -> float:
-        statistics = engine.statistics
         if kind == "prefill":
             handle = engine.submit(prompt(size, next(seeds)), SamplingParams(1, ignore_end=True))
             return handle.result().seconds
-        params = SamplingParams(DECODED, ignore_end=True)
+        params = SamplingParams(1 + DECODED, ignore_end=True)  # the first token comes with the prompt
         adapter = "adapter" if kind == "adapter" else None
-        before = dict(statistics.seconds)
+        before = engine.snapshot().seconds
         handles = [engine.submit(prompt(PROMPT, next(seeds)), params, adapter=adapter) for _ in range(size)]
         for handle in handles:
             handle.result()
-        return sum(statistics.seconds[part] - before[part] for part in ("step", "sampling"))
+        after = engine.snapshot().seconds
+        return sum(after[part] - before[part] for part in ("step", "sampling"))
 
     return run
 
@@ -131,7 +140,7 @@ def llama_cpp_work(folder: Path) -> Work:
 
 
 def transformers_work(folder: Path, quantized: bool) -> Work:
-    """The same through transformers' generate, in bitsandbytes' 4 bits or in dense bfloat16."""
+    """The same through transformers' model, in bitsandbytes' 4 bits or in dense bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
@@ -144,27 +153,39 @@ def transformers_work(folder: Path, quantized: bool) -> Work:
     model = AutoModelForCausalLM.from_pretrained(
         folder / "dense", quantization_config=config if quantized else None, dtype=torch.bfloat16
     ).eval()
+    if quantized:
+        wanted = greedy(model.train(), 8)[0]
+        assert greedy(model.eval(), 8)[0] == wanted, "bitsandbytes' kernel for answering chooses other tokens"
     seeds = iter(range(1 << 30))
-    few = 8  # tokens: a fraction of what the others write, since each takes long
 
     def run(kind: str, size: int) -> float:
-        with torch.inference_mode():
-            ids = torch.tensor([prompt(size if kind == "prefill" else PROMPT, next(seeds))])
-            if kind == "prefill":
+        if kind == "prefill":
+            with torch.inference_mode():
+                ids = torch.tensor([prompt(size, next(seeds))])
                 began = time.perf_counter()
                 model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
                 return time.perf_counter() - began
-            ids, took = ids.repeat(size, 1), []
-            for count in (1, 1 + few):
-                best = float("inf")  # of two: the prompt's noise may exceed what a few tokens take
-                for _ in range(2):
-                    began = time.perf_counter()
-                    model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-                    best = min(best, time.perf_counter() - began)
-                took.append(best)
-            return (took[1] - took[0]) * DECODED / few
+        return median(greedy(model, DECODED)[1]) * DECODED
 
     return run
+
+
+def greedy(model: Any, count: int) -> tuple[list[int], list[float]]:
+    """What transformers' model writes after a prompt, a forward a token over its cache, and the seconds of each."""
+    import torch
+    from transformers import DynamicCache
+
+    cache, tokens, times = DynamicCache(config=model.config), [], []
+    with torch.inference_mode():
+        ids = torch.tensor([prompt(PROMPT)])
+        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        for _ in range(count):
+            began = time.perf_counter()
+            ids = logits[:, -1].argmax(-1, keepdim=True)
+            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+            times.append(time.perf_counter() - began)
+            tokens.append(int(ids))
+    return tokens, times
 
 
 def contend(contender: str, folder: Path) -> None:
@@ -181,10 +202,13 @@ def contend(contender: str, folder: Path) -> None:
         print(work(kind, int(size)), flush=True)
 
 
-def check(folder: Path) -> None:
+def check(folder: Path) -> tuple[int, int]:
     """Greedy tokens of the archive equal those of transformers in float32.
 
     Random weights make near-ties likely, so short answers are compared.
+
+    Returns:
+        Weights of all layers, and of the output layer.
     """
     import torch
 
@@ -200,6 +224,8 @@ def check(folder: Path) -> None:
         (answer,) = engine.generate([ids], SamplingParams(8, ignore_end=True))
     wanted = model.generate(torch.tensor([ids]), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
     assert [choice.token for choice in answer.choices] == wanted[0, PROMPT:].tolist(), "tokens differ"
+    layers = sum(module.weight.numel() for module in model.modules() if hasattr(module, "compute_dtype"))
+    return layers, model.lm_head.weight.numel()
 
 
 def start(contender: str, folder: Path) -> subprocess.Popen[str]:
@@ -250,6 +276,36 @@ def measure(folder: Path, contenders: Sequence[str], rounds: int) -> dict[str, d
     return best
 
 
+def limits(layers: int, head: int) -> Callable[[str, int], float]:
+    """Tokens a second that this machine allows: weights read once a step, and all products, at its measured rates.
+
+    Args:
+        layers: weights of all layers.
+        head: of the output layer, which a prompt needs for its last token only.
+    """
+    import torch
+
+    reading, multiplying = memory_bandwidth(), gemm_rate(torch.bfloat16)
+    nbytes = (layers + head) * NF4_BITS / 8
+    print(f"memory is read at {reading / 1e9:.1f} GB/s, torch multiplies bf16 at {multiplying / 1e9:.0f} GFLOP/s")
+
+    def limit(kind: str, size: int) -> float:
+        products = 2 * (size * layers + (1 if kind == "prefill" else size) * head) / multiplying
+        return size / max(products, nbytes / reading)
+
+    return limit
+
+
+def draw(rates: dict[str, dict[str, float]], limit: Callable[[str, int], float]) -> None:
+    """A bar for each piece of work, as long as the share of the limit that halfbyte reaches."""
+    for work, reached in rates.items():
+        kind, size = work.split()
+        most = limit(kind, int(size))
+        share = reached["halfbyte"] / most
+        bar = ("#" * round(BAR * share)).ljust(BAR, ".")[: 2 * BAR]
+        print(f"{work:>13} |{bar}| {reached['halfbyte']:7.1f} of {most:7.1f} tokens/s, {share:.0%}")
+
+
 def main() -> None:
     """Make the files, check, measure, print."""
     parser = argparse.ArgumentParser()
@@ -274,7 +330,7 @@ def main() -> None:
         write_model(folder / "dense", options.layers)
         quantize_to_archive(folder / "dense", folder / "model.nf4dq", hb.HalfbyteConfig(compute_dtype="bfloat16"))
         write_adapter(folder / "adapter", folder / "model.nf4dq")
-        check(folder)
+        limit = limits(*check(folder))
         if "llama.cpp" in peers and "llama.cpp" not in missing:
             export_gguf(folder / "dense", folder / "model.gguf", "q4_0")
         contenders = ["halfbyte", *(peer for peer in peers if peer not in missing)]
@@ -291,7 +347,9 @@ def main() -> None:
         ]
         rows.append([work, *cells, *ratios])
     print(table(["work", *(f"{c} tokens/s" for c in contenders), *(f"x {peer}" for peer in contenders[1:])], rows))
-    finish("decode", {"tokens_per_second": rates})
+    draw(rates, limit)
+    most = {work: limit(work.split()[0], int(work.split()[1])) for work in rates}
+    finish("decode", {"tokens_per_second": rates, "limit": most})
 
 
 if __name__ == "__main__":

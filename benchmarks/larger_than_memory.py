@@ -58,9 +58,9 @@ class Group:
         """Set the limit; what is over it is given back at once."""
         self._limit.write_text(str(nbytes))
 
-    def peak(self) -> int:
-        """The most that the group held since `allow`."""
-        return int((self.path / ("memory.max_usage_in_bytes" if self.first else "memory.peak")).read_text())
+    def held(self) -> int:
+        """Bytes that count for the group, pages of files included."""
+        return int((self.path / ("memory.usage_in_bytes" if self.first else "memory.current")).read_text())
 
 
 @contextmanager
@@ -183,14 +183,14 @@ def measure(file: Path, share: float, tokens: int, prefetch: bool) -> dict[str, 
             if not line:
                 sys.exit(f"the process did not survive a limit of {(own + SLACK + share * size) / MIB:.0f} MiB")
             held = json.loads(line)
-            peak = limited.peak()
+            in_use = limited.held()
             process.stdin.close()
             process.wait()
     assert held["tokens"] == free["tokens"], "the limit changed what was written"
     return {
         "own_bytes": own,
         "limit_bytes": own + SLACK + int(share * size),
-        "peak_bytes": peak,
+        "held_bytes": in_use,
         "file_bytes": size,
         "free_tokens_per_second": 1 / free["seconds"],
         "tokens_per_second": 1 / held["seconds"],

@@ -17,6 +17,7 @@ import openai
 import uvicorn
 
 import halfbyte as hb
+from halfbyte.errors import BusyError
 from halfbyte.infer import Engine, SamplingParams
 from halfbyte.infer.server import Limits, make_app
 from halfbyte.models import HalfbyteConfig
@@ -228,6 +229,43 @@ def test_a_full_queue(client, engine):
             client.completions.create(model="tiny", prompt="abc", n=20)
         assert caught.value.code == "rate_limit_exceeded"
         assert caught.value.response.headers["retry-after"] == "1"
+    finally:
+        release.set()
+        busy.join()
+
+
+def test_a_client_that_may_retry_gets_its_answer_after_the_refusal(address, engine, monkeypatch):
+    """The client waits as long as Retry-After says; meanwhile the queue empties."""
+    (wanted,) = engine.generate(["abc"], SamplingParams(max_tokens=3))
+    begun, release, submit = threading.Event(), threading.Event(), engine._scheduler.submit
+
+    def hold():
+        begun.set()
+        release.wait(PATIENCE)
+
+    def submit_or_release(request):
+        try:
+            submit(request)
+        except BusyError:
+            release.set()
+            raise
+
+    busy = threading.Thread(target=engine._scheduler.between_steps, args=(hold,))
+    busy.start()
+    try:
+        assert begun.wait(PATIENCE)
+        fill = [engine.submit("a", SamplingParams(max_tokens=1)) for _ in range(8)]  # 4 slots and a queue of 4
+        monkeypatch.setattr(engine._scheduler, "submit", submit_or_release)
+        asked = time.monotonic()
+        with openai.OpenAI(base_url=address, api_key=KEY, max_retries=2, timeout=PATIENCE) as patient:
+            reply = patient.completions.with_raw_response.create(
+                model="tiny", prompt="abc", max_tokens=3, temperature=0
+            )
+        assert reply.retries_taken == 1
+        assert time.monotonic() - asked >= 1  # not the client's own first pause, which is half a second
+        answer = reply.parse()
+        assert answer.choices[0].text == wanted.text
+        assert all(handle.result().finish for handle in fill)
     finally:
         release.set()
         busy.join()
