@@ -13,6 +13,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 1000  # characters of a message that quotes a file
+
 
 class HalfbyteError(Exception):
     """Base of all errors raised on purpose. `exit_code` is what the command line returns."""
@@ -73,7 +75,15 @@ class ShapeError(RequestError):
 
 
 class CheckpointError(RequestError):
-    """A model folder that is missing, incomplete, damaged, or not what it says it is."""
+    """A model folder that is missing, incomplete, damaged, or not what it says it is.
+
+    A message quotes what files say of themselves, which may be anything: what cannot be printed is escaped, and the
+    middle of a long one is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}")
 
 
 class DataError(RequestError):

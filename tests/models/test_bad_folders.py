@@ -122,6 +122,25 @@ def test_a_missing_shard(shards):
     refused(shards, "lacks 1 of 3 shards, the first is part-2.safetensors")
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        json.dumps({"weight_map": {"k": "x" * 3000}}).encode(),
+        json.dumps({"weight_map": {"k": "a/" + "x" * 3000}}).encode(),
+        json.dumps({"weight_map": {"k": "two\nlines"}}).encode(),
+        json.dumps({"weight_map": {"k": "\ud800"}}).encode(),
+        b'{"weight_map": "' + b"\xff" * 3000,
+    ],
+)
+def test_what_an_index_says_is_quoted_in_one_short_line(tmp_path, index):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / INDEX).write_bytes(index)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    said = str(caught.value)
+    assert said.isprintable() and len(said) < 1100 and said.encode()
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_a_truncated_shard(shards, keep):
     shard = shards / "part-2.safetensors"

@@ -281,7 +281,7 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
         outside = next((name for name in weight_map.values() if Path(name).name != name), None)
         if outside is not None:
             raise CheckpointError(f"{index} names the shard {outside!r}, which is outside the folder")
-        missing = sorted(shard.name for shard in shards if not shard.is_file())
+        missing = sorted(shard.name for shard in shards if not _is_file(shard))
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} of {len(shards)} shards, the first is {missing[0]}")
         return shards
@@ -294,6 +294,13 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
             "where you trust it: AutoModel.from_pretrained(FOLDER).save_pretrained(OUT)"
         )
     raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _open_shard(shard: Path, failures: list[Exception]) -> dict[str, LazyTensor]:

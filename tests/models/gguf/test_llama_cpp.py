@@ -29,6 +29,7 @@ import torch
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
 
+from halfbyte.models import Output, Source, merge_adapter  # noqa: E402
 from halfbyte.models.gguf import export_adapter, export_gguf  # noqa: E402
 
 ALL = [
@@ -253,24 +254,39 @@ def test_the_other_types(gguf_folder, files, kind):
     assert difference <= allowed
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_an_adapter_does_what_peft_does(gguf_folder, files, tmp_path, family):
+def add_adapter(base: Path, folder: Path):
+    """The model in float64 with a random LoRA adapter on it, which is saved to a folder."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    base = AutoModelForCausalLM.from_pretrained(gguf_folder(family), dtype=torch.float64)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     options = LoraConfig(r=4, lora_alpha=6, use_rslora=True, rank_pattern={"q_proj": 8}, target_modules=targets)
-    model = get_peft_model(base, options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), options)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = 0.3 * torch.randn_like(parameter)
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q4_0"])
+def test_a_merged_folder(gguf_folder, tmp_path, kind):
+    add_adapter(gguf_folder("llama"), tmp_path / "adapter")
+    merge_adapter(Source(str(gguf_folder("llama"))), tmp_path / "adapter", Output(tmp_path / "merged"))
+    export_gguf(tmp_path / "merged", tmp_path / "merged.gguf", kind)
+    ids = np.random.default_rng(0).integers(3, 250, 40).tolist()
+    difference, allowed = agree(tmp_path / "merged", tmp_path / "merged.gguf", kind, ids)
+    assert difference <= allowed
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_an_adapter_does_what_peft_does(gguf_folder, files, tmp_path, family):
+    model = add_adapter(gguf_folder(family), tmp_path / "adapter")
     export_adapter(tmp_path / "adapter", tmp_path / "adapter.gguf", gguf_folder(family))
     ids = np.random.default_rng(0).integers(3, 250, 40).tolist()
     with torch.no_grad():
-        expected = model.eval()(torch.tensor([ids])).logits[0].numpy()
+        expected = model(torch.tensor([ids])).logits[0].numpy()
         single = model.float()(torch.tensor([ids])).logits[0].double().numpy()
         if family == "gemma3":
             for module in model.modules():
