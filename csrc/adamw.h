@@ -8,13 +8,12 @@
 // Lanes is the instruction set: `width` floats F and as many integers I.
 #pragma once
 
+#include "adamw_nibbles.h"
 #include "optimizer.h"
 #include "scalar.h"
 
 namespace halfbyte {
 namespace {
-
-constexpr float kTiny = 1e-38f;
 
 // How far ahead memory is asked for, in elements. The hardware's prefetch stops at the end of a page, which holds 1,024
 // floats, and starts again with the first miss in the next one; with several streams and this much arithmetic between
@@ -40,6 +39,7 @@ struct AdamWStep {
     using F = typename Lanes::F;
     using I = typename Lanes::I;
     static constexpr int64_t kWidth = Lanes::width;
+    using Nibbles = FourBits<Lanes>;
 
     static int64_t padded(int64_t count) { return (count + kWidth - 1) / kWidth * kWidth; }
 
@@ -307,43 +307,6 @@ struct AdamWStep {
         if (part < end) part8(t, numbers, part, end - part, b);
     }
 
-    // Codes [count] as bytes from nibbles, the earlier element in the upper one; `at` is even.
-    static void unpack4(const void *packed, int64_t at, int64_t count, uint8_t *codes) {
-        const uint8_t *bytes = static_cast<const uint8_t *>(packed) + at / 2;
-        for (int64_t i = 0; i < count / 2; ++i) {
-            codes[2 * i] = bytes[i] >> 4;
-            codes[2 * i + 1] = bytes[i] & 15;
-        }
-        if (count % 2) codes[count - 1] = bytes[count / 2] >> 4;
-    }
-
-    // `pad` is the code after an odd count.
-    static void pack4(uint8_t *codes, uint8_t pad, int64_t at, int64_t count, void *packed) {
-        uint8_t *bytes = static_cast<uint8_t *>(packed) + at / 2;
-        if (count % 2) codes[count] = pad;
-        for (int64_t i = 0; i < (count + 1) / 2; ++i) bytes[i] = uint8_t(codes[2 * i] << 4 | codes[2 * i + 1]);
-    }
-
-    // x [count, padded] / scale [count, padded] -> nearest codes of a 4-bit map: how many of the 15 thresholds are below,
-    // found by halving.
-    static void encode4(const float *x, const float *scale, const float *thresholds, int64_t count, uint8_t *codes) {
-        for (int64_t i = 0; i < count; i += kWidth) {
-            const F ratio = Lanes::div(Lanes::load(x + i), Lanes::max(Lanes::load(scale + i), Lanes::set(kTiny)));
-            I rank = Lanes::seti(0);
-            rank = halve<8>(thresholds, ratio, rank);
-            rank = halve<4>(thresholds, ratio, rank);
-            rank = halve<2>(thresholds, ratio, rank);
-            rank = halve<1>(thresholds, ratio, rank);
-            Lanes::store_bytes(codes + i, rank);
-        }
-    }
-
-    template <int kHalf>
-    static I halve(const float *thresholds, F ratio, I rank) {
-        const F threshold = Lanes::lookup16(thresholds, Lanes::addi(rank, Lanes::seti(kHalf - 1)));
-        return Lanes::template add_if_greater<kHalf>(rank, ratio, threshold);
-    }
-
     static void fill(float value, int64_t count, float *out) {
         for (int64_t i = 0; i < padded(count); ++i) out[i] = value;
     }
@@ -379,7 +342,7 @@ struct AdamWStep {
         } else {
             fill(t.scale2[at / kAdamWBlock4], count, b.scale);
         }
-        unpack4(t.state2, at, count, b.codes);
+        Nibbles::unpack(t.state2, at, count, b.codes);
         for (int64_t i = count; i < padded(count); ++i) b.codes[i] = 0;
         for (int64_t i = 0; i < count; i += kWidth) {
             const F value = Lanes::lookup16(kLinear4, Lanes::load_bytes(b.codes + i));
@@ -391,7 +354,7 @@ struct AdamWStep {
     static void block4(const hb_adamw_tensor &t, const Numbers &numbers, const RankOne &next, int64_t at,
                        int64_t count, Buffers &b) {
         float &absmax1 = t.scale1[at / kAdamWBlock4];
-        unpack4(t.state1, at, count, b.codes);
+        Nibbles::unpack(t.state1, at, count, b.codes);
         decode8(b.codes, kDynamic4, absmax1, count, b.moments[0].first);
         decode_second4(t, at, count, b);
         float *const target = param_target(t, at, count, b.param);
@@ -402,16 +365,16 @@ struct AdamWStep {
                           &largest2);
         absmax1 = largest1;
         fill(largest1, count, b.scale);
-        encode4(b.moments[0].first, b.scale, kDynamic4Thresholds, count, b.codes);
-        pack4(b.codes, 7, at, count, t.state1);  // entry 7 is zero
+        Nibbles::encode(b.moments[0].first, b.scale, kDynamic4Thresholds, count, b.codes);
+        Nibbles::pack(b.codes, 7, at, count, t.state1);  // entry 7 is zero
         if (t.columns) {
             second_scales(t, next.rows, next.columns, at, count, b.scale);
         } else {
             t.scale2[at / kAdamWBlock4] = largest2;
             fill(largest2, count, b.scale);
         }
-        encode4(b.moments[0].second, b.scale, kLinear4Thresholds, count, b.codes);
-        pack4(b.codes, 0, at, count, t.state2);
+        Nibbles::encode(b.moments[0].second, b.scale, kLinear4Thresholds, count, b.codes);
+        Nibbles::pack(b.codes, 0, at, count, t.state2);
         store_param(t, target, at, count);
     }
 
