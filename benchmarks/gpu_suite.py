@@ -18,7 +18,8 @@ import gc
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -52,11 +53,25 @@ def main() -> None:
         return
     torch.manual_seed(0)
     end = time.monotonic() + 60 * options.minutes
-    verify()
+    for shuffle in (False, True):
+        with changed_tuning(shuffle=shuffle):
+            verify()
     if options.crossover:
         print(
             table(
-                ("rows", "row by itself ms", "tiles ms", "decoded ms", "dense ms", "g W tiles", "decoded"), crossover()
+                (
+                    "rows",
+                    "row ms",
+                    "shuffled",
+                    "tiles",
+                    "shuffled",
+                    "decoded",
+                    "dense",
+                    "g W tiles",
+                    "shuffled",
+                    "decoded",
+                ),
+                crossover(),
             )
         )
         return
@@ -114,6 +129,20 @@ def verify() -> None:
         ):
             error = float((found.double() - exact).norm() / exact.norm())
             assert error < 2**-8, f"the product of {rows} rows is off by {error:.2e}"
+
+
+@contextmanager
+def changed_tuning(**changes: Any) -> Iterator[None]:
+    """This card's line of kernels/tuning.py with other values."""
+    from halfbyte.kernels import tuning
+
+    kept = tuning.gpu_tuning(torch.device("cuda"))
+    key = next(capability for capability, line in tuning.GPU_TUNING.items() if line is kept)
+    tuning.GPU_TUNING[key] = dataclasses.replace(kept, **changes)
+    try:
+        yield
+    finally:
+        tuning.GPU_TUNING[key] = kept
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -180,6 +209,9 @@ def kernels(limits: dict[str, float]) -> list[Line]:
             lambda x=x: torch.nn.functional.linear(x, w),
         )
         lines.append(line(f"{rows} row{'s' * (rows > 1)}", *calls, amount, limit))
+        if few:
+            with changed_tuning(shuffle=True):
+                lines.append(line(f"{lines[-1]['work']}, shuffled", *calls, amount, limit))
     for rows in (512, 4096):
         x = torch.randn(rows, SIZE, device="cuda").bfloat16().requires_grad_()
         grad = torch.randn(rows, SIZE, device="cuda").bfloat16()
@@ -222,32 +254,25 @@ def row(line: Line) -> list[str]:
 
 def crossover() -> list[list[str]]:
     """Milliseconds of each way of a product, by rows of x."""
-    from halfbyte.kernels import tuning
-
     q = random_weight(SIZE, SIZE, "cuda")
     dense = q.dequantize()
-    kept = tuning.gpu_tuning(torch.device("cuda"))
-    capability = next(key for key, value in tuning.GPU_TUNING.items() if value is kept)
-    ways = (
-        dataclasses.replace(kept, vector_rows=1 << 20),
-        dataclasses.replace(kept, vector_rows=0, linear_rows=1 << 20, grad_rows=1 << 20),
-        dataclasses.replace(kept, vector_rows=0, linear_rows=0, grad_rows=0),
-    )
+    most = 1 << 20
+    tiles = {"vector_rows": 0, "linear_rows": most, "grad_rows": most}
+    by_row: list[Line] = [{"vector_rows": most, "shuffle": shuffle} for shuffle in (False, True)]
+    others: list[Line] = [{**tiles, "shuffle": shuffle} for shuffle in (False, True)]
+    others.append({"vector_rows": 0, "linear_rows": 0, "grad_rows": 0})
     rows_of_cells = []
     for rows in ROWS[:-1]:
         x = torch.randn(rows, SIZE, device="cuda").bfloat16()
         times = []
-        for op in (
-            lambda x=x: torch.ops.halfbyte.linear(*q.packed(), SIZE, x, None),
-            lambda x=x: torch.ops.halfbyte.linear_grad_input(*q.packed(), SIZE, x),
-        ):
-            for way in ways if not times else ways[1:]:
-                tuning.GPU_TUNING[capability] = way
-                times.append(seconds(op))
-            if len(times) == len(ways):
-                times.append(seconds(lambda x=x: x @ dense.t()))
+        for way in (*by_row, *others):
+            with changed_tuning(**way):
+                times.append(seconds(lambda x=x: torch.ops.halfbyte.linear(*q.packed(), SIZE, x, None)))
+        times.append(seconds(lambda x=x: x @ dense.t()))
+        for way in others:
+            with changed_tuning(**way):
+                times.append(seconds(lambda x=x: torch.ops.halfbyte.linear_grad_input(*q.packed(), SIZE, x)))
         rows_of_cells.append([str(rows), *(f"{1e3 * one:.4f}" for one in times)])
-    tuning.GPU_TUNING[capability] = kept
     return rows_of_cells
 
 

@@ -83,6 +83,7 @@ class GpuTuning:
         many: tiles of more.
         programs: that each multiprocessor should have; where there are fewer outputs than that, sums are split.
         decode_tile: weights that a program decodes.
+        shuffle: products look values up in the registers of their warp (NVIDIA only), not in a cache line.
     """
 
     vector_rows: int
@@ -94,11 +95,13 @@ class GpuTuning:
     many: Tile
     programs: int
     decode_tile: int
+    shuffle: bool = False
 
 
 # By compute capability; another one takes the last line that is not above it. No line was measured: no card could be
 # had so far. They come from counting instructions and bytes (docs/benchmarks-gpu.md), and `benchmarks/gpu_suite.py
 # --crossover` prints the times that are to replace them. 7.5 has no bfloat16 in its tensor cores: nothing is fused.
+# `shuffle` takes fewer instructions and has run nowhere yet, so it waits for a card.
 _FEW, _MANY = Tile(16, 32, 128, 4, 3), Tile(64, 64, 64, 4, 3)
 GPU_TUNING: dict[tuple[int, int], GpuTuning] = {
     (7, 5): GpuTuning(4, 4, 0, 4, 1024, _FEW, _MANY, 4, 4096),

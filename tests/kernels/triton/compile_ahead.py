@@ -77,7 +77,7 @@ def launches(capability: int) -> list[Launch]:
     return caught
 
 
-def compiled(launch: Launch, capability: int) -> Any:
+def compiled(launch: Launch, capability: int, shuffle: bool) -> Any:
     """The kernel of a launch, as triton's just-in-time compiler would specialize it."""
     kernel, args, options = launch
     bound = dict(zip(kernel.arg_names, args, strict=False)) | options
@@ -97,6 +97,8 @@ def compiled(launch: Launch, capability: int) -> Any:
                 hints[at,] = [["tt.divisibility", 16]]
     if "INTERPRETED" in bound:
         constants[kernel.arg_names.index("INTERPRETED"),] = False  # as on a card
+    if "SHUFFLE" in bound:
+        constants[kernel.arg_names.index("SHUFFLE"),] = shuffle  # never on the CPU
     source = ASTSource(kernel, signature, constants, hints)
     chosen = {key: value for key, value in options.items() if key not in kernel.arg_names}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
@@ -120,11 +122,12 @@ def main() -> None:
     for capability in map(int, sys.argv[1:]):
         seen = set()
         for launch in launches(capability):
-            kernel = compiled(launch, capability)
-            line = f"{launch[0].__name__} {capability}:{resources(kernel.asm['cubin'])} {kernel.metadata.shared} shared"
-            if line not in seen:
-                print(line)
-            seen.add(line)
+            name = launch[0].__name__
+            first = "SHUFFLE" in launch[0].arg_names and f"{name} shuffled" not in seen
+            for label, shuffle in ((name, False), (f"{name} shuffled", True))[: 1 + first]:
+                kernel = compiled(launch, capability, shuffle)
+                seen.add(label)
+                print(f"{label} {capability}:{resources(kernel.asm['cubin'])} {kernel.metadata.shared} shared")
 
 
 if __name__ == "__main__":

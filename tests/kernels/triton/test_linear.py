@@ -18,6 +18,8 @@ WAYS = {
     "vector": {"vector_rows": 99, "vector_summands": 128, "vector_outputs": 16},
     "tiles": {"vector_rows": 0, "linear_rows": 99, "grad_rows": 99, "few": SMALL, "many": SMALL, "programs": 0},
     "split": {"vector_rows": 0, "linear_rows": 99, "grad_rows": 99, "few": SMALL, "many": SMALL, "programs": 999},
+    "shuffled vector": {"vector_rows": 99, "shuffle": True},
+    "shuffled tiles": {"vector_rows": 0, "linear_rows": 99, "grad_rows": 99, "shuffle": True},
     "decoded": {"vector_rows": 0, "linear_rows": 0, "grad_rows": 0},
 }
 # (rows of W, columns, block): one output and ragged tiles, rows that straddle blocks, a block of several rows.
@@ -27,6 +29,8 @@ WEIGHTS = ((1, 64, 64), (37, 352, 64), (35, 96, 64), (5, 544, 4096))
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch, device):
     """Makes every product go that way."""
+    if "shuffled" in request.param and (device == "cpu" or torch.version.hip):
+        pytest.skip("only NVIDIA's cards have this")
     table = tuning.GPU_TUNING
     for capability, line in list(table.items()):
         monkeypatch.setitem(table, capability, dataclasses.replace(line, **WAYS[request.param]))
@@ -36,7 +40,7 @@ def way(request, monkeypatch, device):
 def decoded(q, way, dtype, cast):
     """What the kernels multiply by: a row by itself in float32, else the weight in the dtype of x."""
     weight = reference.OPS["dequantize"](*q.packed(), list(q.shape), torch.float32)
-    return (weight if way == "vector" else cast(weight, dtype)).double()
+    return (weight if "vector" in way else cast(weight, dtype)).double()
 
 
 def allowed(x, weight, dtype):
@@ -52,7 +56,7 @@ def allowed(x, weight, dtype):
 
 @pytest.mark.parametrize(("dtype", "scale_bits"), list(zip(DTYPES, (6, 8, None), strict=True)))
 def test_forward_and_backward(ops, device, cast, way, dtype, scale_bits):
-    rows = 2 if way == "vector" else 17
+    rows = 2 if "vector" in way else 17
     for n, k, block_size in WEIGHTS:
         q = hb.quantize(torch.randn(n, k) / k**0.5, "nf4", block_size, scale_bits).to(device)
         weight = decoded(q, way, dtype, cast)
@@ -106,7 +110,7 @@ def test_slices_shapes_and_other_weights(ops, device, cast, way):
     for q in (whole.rows(3, 33), *(other.to(device) for other in others)):
         n, k = q.shape
         x = torch.randn(k, 3, device=device).to(dtype).t()
-        fused = way == "vector" and k % 32 == 0 and q.spec.format == "nf4"
+        fused = "vector" in way and k % 32 == 0 and q.spec.format == "nf4"
         weight = decoded(q, "vector" if fused else "tiles", dtype, cast)
         y = ops["linear"](*q.packed(), n, x, None)
         assert ((y.double() - x.double() @ weight.T).abs() <= allowed(x, weight, dtype)).all(), (n, k)

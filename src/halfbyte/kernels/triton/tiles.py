@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from halfbyte.kernels.triton.products import Branch, Product
-from halfbyte.kernels.triton.weights import scale_at, value_at
+from halfbyte.kernels.triton.weights import lane_values, looked_up, scale_at
 from halfbyte.kernels.tuning import GpuTuning
 
 
@@ -36,13 +36,16 @@ def _weight_tile(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SHUFFLE: tl.constexpr,
 ):  # budget: a kernel's pointers and compile-time switches
     """Rows `row` [ROWS] and columns from `first` on, in float32 [ROWS, COLUMNS]; 0 outside."""
     base = start + row.to(tl.int64) * k + first
     pair = tl.arange(0, COLUMNS // 2)
     inside = (row < n)[:, None] & (first + 2 * pair < k)[None, :]
     byte = tl.load(codes + (base >> 1)[:, None] + pair[None, :], mask=inside, other=0).to(tl.int32)
-    values = tl.join(value_at(table, byte, 4), value_at(table, byte, 0))
+    lanes = lane_values(table, byte, SHUFFLE)
+    high, low = looked_up(table, lanes, byte, 4, SHUFFLE), looked_up(table, lanes, byte, 0, SHUFFLE)
+    values = tl.join(high, low)
     group = tl.arange(0, COLUMNS // GROUP) * GROUP
     inside_group = (row < n)[:, None] & (first + group < k)[None, :]
     block = scale_start + (base[:, None] + group[None, :]) // BLOCK
@@ -82,6 +85,7 @@ def _tile_kernel(
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
+    SHUFFLE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # budget: a kernel's pointers and compile-time switches
     """`out` [m, n] = x [m, k] W^T + ...; GRAD: [m, k] = x [m, n] W; SPLITS > 1: its parts, float32 [SPLITS, m, ...]."""
@@ -103,12 +107,13 @@ def _tile_kernel(
             tile = _weight_tile(
                 codes, scales, scale_absmax, scale_offset, table, scale_table, summand,
                 tl.program_id(1) * OUTPUTS, n, k, start, scale_start, SCALE_BITS, BLOCK, GROUP, SUMMANDS, OUTPUTS,
+                SHUFFLE,
             )  # fmt: skip
             total += _dot(factors, tile.to(factors.dtype), INTERPRETED)
         else:
             tile = _weight_tile(
                 codes, scales, scale_absmax, scale_offset, table, scale_table, output,
-                first, n, k, start, scale_start, SCALE_BITS, BLOCK, GROUP, OUTPUTS, SUMMANDS,
+                first, n, k, start, scale_start, SCALE_BITS, BLOCK, GROUP, OUTPUTS, SUMMANDS, SHUFFLE,
             )  # fmt: skip
             total += _dot(factors, tl.trans(tile.to(factors.dtype)), INTERPRETED)
     inside_out = (row < m)[:, None] & (output < outputs)[None, :]
@@ -222,6 +227,7 @@ def multiply(product: Product, tuning: GpuTuning) -> None:
         GRAD=product.gradient,
         SPLITS=splits,
         **(finish if splits == 1 else finish | {"BIAS": False, "RANK": 0}),
+        SHUFFLE=tuning.shuffle and x.is_cuda,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=False,

@@ -1,7 +1,8 @@
 """The product of single rows on a GPU, which is bound by reading the weight.
 
 A warp takes a few rows of W and all of their columns, so that no sum crosses programs and the order of its summands is
-always the same. A thread reads 16 bytes of codes at a time and the values of the codes from a table of one cache line.
+always the same. A thread reads 16 bytes of codes at a time and looks their values up in a cache line, or in the
+registers of its warp.
 
 Importing this module imports triton.
 """
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from halfbyte.kernels.triton.products import Branch, Product
-from halfbyte.kernels.triton.weights import scale_at, value_at
+from halfbyte.kernels.triton.weights import lane_values, looked_up, scale_at
 from halfbyte.kernels.tuning import GpuTuning
 
 
@@ -42,6 +43,7 @@ def _vector_kernel(
     OUTPUTS: tl.constexpr,
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
+    SHUFFLE: tl.constexpr,
 ):  # budget: a kernel's pointers and compile-time switches
     words = codes.to(tl.pointer_type(tl.int32))
     row = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -60,13 +62,14 @@ def _vector_kernel(
             other=0,
         )
         # Eight codes of a word: a byte holds the earlier one in its high bits, a word the earlier byte in its low ones.
+        lanes = lane_values(table, packed, SHUFFLE)
         even = tl.join(
-            tl.join(value_at(table, packed, 4), value_at(table, packed, 20)),
-            tl.join(value_at(table, packed, 12), value_at(table, packed, 28)),
+            tl.join(looked_up(table, lanes, packed, 4, SHUFFLE), looked_up(table, lanes, packed, 20, SHUFFLE)),
+            tl.join(looked_up(table, lanes, packed, 12, SHUFFLE), looked_up(table, lanes, packed, 28, SHUFFLE)),
         )
         odd = tl.join(
-            tl.join(value_at(table, packed, 0), value_at(table, packed, 16)),
-            tl.join(value_at(table, packed, 8), value_at(table, packed, 24)),
+            tl.join(looked_up(table, lanes, packed, 0, SHUFFLE), looked_up(table, lanes, packed, 16, SHUFFLE)),
+            tl.join(looked_up(table, lanes, packed, 8, SHUFFLE), looked_up(table, lanes, packed, 24, SHUFFLE)),
         )
         values = tl.reshape(tl.join(even, odd), [OUTPUTS, GROUPS, GROUP])
         index = column[:, None] + tl.arange(0, GROUP)[None, :]
@@ -111,6 +114,7 @@ def multiply(product: Product, tuning: GpuTuning) -> None:
         OUTPUTS=tuning.vector_outputs,
         BIAS=product.bias is not None,
         RANK=0 if product.branch is None else product.branch.padded_rank,
+        SHUFFLE=tuning.shuffle and x.is_cuda,
         num_warps=1,
         enable_fp_fusion=True,
     )

@@ -133,3 +133,51 @@ def value_at(table, packed, SHIFT: tl.constexpr):
     offset = ((bits >> (SHIFT - 2)) if SHIFT >= 2 else (bits << (2 - SHIFT))) & 60
     address = table.to(tl.uint64, bitcast=True) | offset.to(tl.uint64)
     return tl.load(address.to(tl.pointer_type(tl.float32), bitcast=True))
+
+
+@triton.jit
+def lane_values(table, like, SHUFFLE: tl.constexpr):
+    """What `looked_up` takes beside the table, in the shape of `like`: each thread's entry, of its lane modulo 16."""
+    if SHUFFLE:
+        values = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .u32 lane;
+            .reg .u64 at;
+            mov.u32 lane, %laneid;
+            and.b32 lane, lane, 15;
+            mul.wide.u32 at, lane, 4;
+            add.u64 at, at, $1;
+            ld.global.nc.b32 $0, [at];
+            }
+            """,
+            "=r,l",
+            [table.to(tl.uint64, bitcast=True) + tl.zeros_like(like).to(tl.uint64)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        values = like
+    return values
+
+
+@triton.jit
+def looked_up(table, lanes, packed, SHIFT: tl.constexpr, SHUFFLE: tl.constexpr):
+    """`value_at`; SHUFFLE: from another lane's register, by PTX that neither Triton's interpreter nor AMD's cards know.
+
+    The lanes hold the table twice over, so that the bit above a code, which also selects, does not matter: what is left
+    of a lookup is a shift and a shuffle.
+    """
+    if SHUFFLE:
+        value = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
+            "=r,r,r",
+            [lanes, packed.to(tl.uint32, bitcast=True) >> SHIFT],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        value = value_at(table, packed, SHIFT)
+    return value
