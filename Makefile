@@ -36,13 +36,15 @@ help:
 # --------------------------------------------------------------------------------------------------------- environment
 # torch goes first and alone. Pulled in as somebody's dependency it would be whatever build pip prefers, and on Linux
 # that is the one with gigabytes of CUDA libraries. The build that is now installed joins the constraints, so that no
-# later step can exchange it.
+# later step can exchange it; so does the triton that a build for CUDA brings, each its own version.
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if [ "$(CONSTRAINTS)" = none ]; then : > $(VENV)/constraints.txt; \
-	else grep -v '^torch==' $(CONSTRAINTS) > $(VENV)/constraints.txt; fi
+	else grep -v '^torch==\|^triton==' $(CONSTRAINTS) > $(VENV)/constraints.txt; fi
 	$(PIP) install -c $(VENV)/constraints.txt $(TORCH)
 	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" >> $(VENV)/constraints.txt
+	if [ "$(CONSTRAINTS)" != none ] && ! $(PIP) show triton >/dev/null 2>&1; then \
+	    grep '^triton==' $(CONSTRAINTS) >> $(VENV)/constraints.txt || true; fi
 	touch $@
 
 # One stamp for each set of extras: .venv/.train, .venv/.train,test and so on. The core is part of each, and so are the

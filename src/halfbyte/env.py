@@ -2,7 +2,7 @@
 
 | variable | values | effect |
 |---|---|---|
-| `HALFBYTE_KERNELS` | `auto`, `cpu`, `reference` | which implementation of the ops runs; `auto` is the default |
+| `HALFBYTE_KERNELS` | `auto`, `cpu`, `triton`, `reference` | which kernels the ops run on; `auto` is the default |
 | `HALFBYTE_CPU_ISA` | `auto`, `generic`, `avx2`, `avx512`, `avx512bf16`, `amx`, `neon`, `neonbf16` | the CPU kernels |
 | `HALFBYTE_CACHE` | a folder | where tokenized data is kept; `halfbyte` in `XDG_CACHE_HOME` or `~/.cache` by default |
 | `HALFBYTE_CACHE_GB` | a number, 20 by default | what the cache may take; what was used longest ago goes first |
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from halfbyte.errors import RequestError, nearest
 
-KERNEL_CHOICES = ("auto", "cpu", "reference")
+KERNEL_CHOICES = ("auto", "cpu", "triton", "reference")
 CACHE_GB = 20
 CPU_ISA_CHOICES = ("auto", "generic", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")
 

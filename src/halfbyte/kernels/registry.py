@@ -2,7 +2,7 @@
 
 A backend is a name, the device it serves, a function that says whether it can run here and why, and one that gives its
 ops. Backends are asked in the order of `BACKENDS`: one that can run serves its ops on its device, and the reference
-serves every other device. Adding a backend (Triton for CUDA) is an entry of that tuple and changes no caller.
+serves every other device. Adding a backend is an entry of that tuple and changes no caller.
 
 `HALFBYTE_KERNELS` (env.py) makes the choice explicit. An explicit choice that cannot be met is an error, never a silent
 fallback.
@@ -10,9 +10,14 @@ fallback.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from halfbyte import env
 from halfbyte.errors import RequestError
@@ -66,6 +71,24 @@ def _cpu_available() -> Availability:
     return Availability(True, f"native kernels, {library.isa}, on {library.threads}")
 
 
+def _triton_available() -> Availability:
+    # Whether there is a device now is not asked: that would start CUDA in every process that imports halfbyte.
+    if not torch.backends.cuda.is_built():
+        return Availability(False, "this torch is built without CUDA", "on a machine with a card, install one with it")
+    if importlib.util.find_spec("triton") is None:
+        return Availability(False, "triton is not installed", "pip install triton")
+    return Availability(True, f"Triton {version('triton')}; it compiles a kernel when it first runs")
+
+
+def _triton_op(name: str, *args: Any) -> Any:
+    from halfbyte.kernels.triton.ops import OPS  # importing triton takes seconds, and most processes have no card
+
+    return OPS[name](*args)
+
+
+# Those of kernels/triton/ops.py, which is not imported before one of them runs.
+_TRITON_OPS = ("quantize", "dequantize", "dequantize_rows", "linear", "linear_lora", "linear_grad_input")
+
 REFERENCE = Backend(
     "reference",
     "any",
@@ -74,7 +97,10 @@ REFERENCE = Backend(
     lambda: Availability(True, "torch operations; runs on any device"),
 )
 CPU = Backend("cpu", "cpu", "CPU", lambda: cpu.native_ops().table(), _cpu_available)
-BACKENDS: tuple[Backend, ...] = (CPU, REFERENCE)
+TRITON = Backend(
+    "triton", "cuda", "CUDA", lambda: {name: partial(_triton_op, name) for name in _TRITON_OPS}, _triton_available
+)
+BACKENDS: tuple[Backend, ...] = (CPU, TRITON, REFERENCE)
 
 
 def install() -> tuple[Choice, ...]:

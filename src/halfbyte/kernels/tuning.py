@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 _ANY = 1 << 62  # rows: this set has a GEMM of its own for bf16, and torch's never takes over
 
 
@@ -53,3 +55,64 @@ TUNING: dict[str, Tuning] = {
     "avx512bf16": Tuning(16, 128, 16, 16, _LARGE),
     "amx": Tuning(_ANY, 128, _ANY, 16, _LARGE),
 }
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a fused product on a GPU is cut: rows of x, outputs and summands of a program, its warps, loads in flight."""
+
+    rows: int
+    outputs: int
+    summands: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class GpuTuning:
+    """Which kernel takes a product on a GPU, and the sizes of their programs.
+
+    Attributes:
+        vector_rows: rows of x up to which each is multiplied by itself, in float32 and without tensor cores.
+        linear_rows: rows up to which weights are decoded into the tiles of a product; above, the whole weight is
+            decoded and multiplied by the vendor's GEMM.
+        grad_rows: the same for `linear_grad_input`.
+        vector_outputs: rows of W that a program of the first kind takes, with one warp.
+        vector_summands: columns that it takes at a time.
+        few: tiles of at most 16 rows.
+        many: tiles of more.
+        programs: that each multiprocessor should have; where there are fewer outputs than that, sums are split.
+        decode_tile: weights that a program decodes.
+        shuffle: products look values up in the registers of their warp (NVIDIA only), not in a cache line.
+    """
+
+    vector_rows: int
+    linear_rows: int
+    grad_rows: int
+    vector_outputs: int
+    vector_summands: int
+    few: Tile
+    many: Tile
+    programs: int
+    decode_tile: int
+    shuffle: bool = False
+
+
+# By compute capability; another one takes the last line that is not above it. No line was measured: no card could be
+# had so far. They come from counting instructions and bytes (docs/benchmarks-gpu.md), and `benchmarks/gpu_suite.py
+# --crossover` prints the times that are to replace them. 7.5 has no bfloat16 in its tensor cores: nothing is fused.
+# `shuffle` takes fewer instructions and has run nowhere yet, so it waits for a card.
+_FEW, _MANY = Tile(16, 32, 128, 4, 3), Tile(64, 64, 64, 4, 3)
+GPU_TUNING: dict[tuple[int, int], GpuTuning] = {
+    (7, 5): GpuTuning(4, 4, 0, 4, 1024, _FEW, _MANY, 4, 4096),
+    (8, 0): GpuTuning(1, 128, 32, 4, 1024, _FEW, _MANY, 4, 4096),
+    (9, 0): GpuTuning(1, 128, 32, 4, 1024, _FEW, _MANY, 4, 4096),
+}
+
+
+def gpu_tuning(device: torch.device) -> GpuTuning:
+    """The line of a device. Triton's interpreter, which runs on the CPU, takes that of (8, 0)."""
+    if device.type != "cuda":
+        return GPU_TUNING[8, 0]
+    capability = (8, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+    return GPU_TUNING[max((known for known in GPU_TUNING if known <= capability), default=(7, 5))]

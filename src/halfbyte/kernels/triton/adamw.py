@@ -20,6 +20,7 @@ import triton.language as tl
 from halfbyte.formats.codebooks import MOMENT1_8BIT, MOMENT2_8BIT
 from halfbyte.kernels.reference.adamw import ReferenceBatch
 from halfbyte.kernels.slots import BLOCK_8BIT, Options, Slot
+from halfbyte.kernels.triton.quantize import held_up, nearest_rank
 
 _POINTERS = 7  # param, grad, moment1, moment2, scale1, scale2, master
 _WIDTH = 12  # int64s a slot in the table: pointers, then count, first, which options, two keys
@@ -28,16 +29,6 @@ _WIDTH = 12  # int64s a slot in the table: pointers, then count, first, which op
 @triton.jit
 def _decode(codes, map_pointer, scale):
     return tl.load(map_pointer + codes.to(tl.int32)) * scale
-
-
-@triton.jit
-def _nearest(x, thresholds):
-    """The count of thresholds below x: `thresholds` has 255 and one more that nothing exceeds."""
-    rank = tl.zeros_like(x).to(tl.int32)
-    for level in tl.static_range(8):
-        step: tl.constexpr = 128 >> level
-        rank += tl.where(x > tl.load(thresholds + rank + step - 1), step, 0)
-    return rank
 
 
 @triton.jit
@@ -109,15 +100,15 @@ def _step(
     if CODED:
         whole = (block + 1) * BLOCK <= count
         most1, most2 = tl.max(tl.abs(m), axis=0), tl.max(v, axis=0)
-        held1, held2 = tl.maximum(most1, 1e-38), tl.maximum(most2, 1e-38)
+        held1, held2 = held_up(most1), held_up(most2)
         ones = tl.zeros_like(m) + 1.0
         # A whole block multiplies by the reciprocal, a partial one divides (formats/blockwise.py).
         x = tl.where(whole, m * tl.div_rn(ones, held1 * ones), tl.div_rn(m, held1 * ones))
         y = tl.where(whole, v * tl.div_rn(ones, held2 * ones), tl.div_rn(v, held2 * ones))
         tl.store(scale1, tl.where(whole, most1, held1))
         tl.store(scale2, tl.where(whole, most2, held2))
-        tl.store(moment1, _nearest(x, thresholds1).to(tl.uint8), mask=inside)
-        tl.store(moment2, _nearest(y, thresholds2).to(tl.uint8), mask=inside)
+        tl.store(moment1, nearest_rank(x, thresholds1, 8).to(tl.uint8), mask=inside)
+        tl.store(moment2, nearest_rank(y, thresholds2, 8).to(tl.uint8), mask=inside)
     else:
         tl.store(moment1, m, mask=inside)
         tl.store(moment2, v, mask=inside)
@@ -154,7 +145,8 @@ class TritonBatch:
             shared = (slot.kind == "8bit", large, slot.param.dtype, grad.dtype, slot.master is not None)
             groups.setdefault(shared, []).append((slot, grad, number, key))
         for shared, members in groups.items():
-            _launch(shared, members, options)
+            with torch.cuda.device_of(members[0][0].param):
+                _launch(shared, members, options)
 
 
 def _launch(shared: tuple[Any, ...], members: list[Any], options: Sequence[Options]) -> None:
@@ -190,6 +182,7 @@ def _launch(shared: tuple[Any, ...], members: list[Any], options: Sequence[Optio
         PARAM_BF16=param_dtype == torch.bfloat16,
         GRAD_BF16=grad_dtype == torch.bfloat16,
         MASTER=master,
+        enable_fp_fusion=False,
     )
 
 

@@ -1,0 +1,58 @@
+"""Triton's kernels without a card: run by its interpreter against the reference, and compiled for three kinds of card.
+
+The interpreter accepts what the compiler refuses (a constant that is assigned twice, a float64 where float32 belongs),
+and computes what no card computes (bfloat16 is cut off, not rounded), so both are needed. It is chosen before triton
+is imported, by an environment variable; hence processes of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.timeout(900),  # half a minute of work, on a machine that may have other work
+]
+
+
+def run(*command: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=850,
+        env={**os.environ, **environment},
+        cwd=HERE.parent.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subjects", [("quantize", "dequantize"), ("linear",)])
+def test_kernels_equal_the_reference_under_the_interpreter(subjects, tmp_path):
+    """`tests/kernels/triton`, which a card runs as it is."""
+    options = ["-q", "-W", "ignore::RuntimeWarning", "-o", f"cache_dir={tmp_path}", "-p", "no:xdist"]
+    files = [str(HERE / "triton" / f"test_{subject}.py") for subject in subjects]
+    said = run("-m", "pytest", *files, *options, TRITON_INTERPRET="1")
+    assert "passed" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [75, 90])
+def test_every_kernel_compiles(capability, tmp_path):
+    """To machine code, with ptxas of the triton package: types, shapes and layouts are the compiler's to judge."""
+    said = run(str(HERE / "triton" / "compile_ahead.py"), str(capability), TRITON_CACHE_DIR=str(tmp_path))
+    kernels = {"_quantize_kernel", "_dequantize_kernel", "_rows_kernel", "_vector_kernel", "_step"}
+    if capability > 75:  # there, products of some rows have no tensor cores for bfloat16
+        kernels |= {"_tile_kernel", "_add_kernel"}
+    assert {line.split()[0] for line in said.splitlines()} == kernels
+    assert f"_vector_kernel shuffled {capability}" in said

@@ -1,0 +1,134 @@
+"""Compiles what the ops launch, for cards that are not there: python compile_ahead.py CAPABILITY... [--table]
+
+The ops are called with tensors on the CPU and every launch is caught with its arguments, so what is compiled is what
+would run. Prints each kernel with its capability, registers, bytes spilled to local memory, and shared memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import halfbyte as hb
+from halfbyte.kernels import tuning
+from halfbyte.kernels.slots import make_options, random_keys
+from halfbyte.kernels.triton.adamw import TritonBatch
+from halfbyte.kernels.triton.ops import OPS
+from halfbyte.optim.states import allocate_plain, new_state, slot_of
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+SIZE = 256
+LINES = dict(tuning.GPU_TUNING)
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def launches(capability: int) -> list[Launch]:
+    """What the ops launch on such a card, one of each kind."""
+    caught: list[Launch] = []
+    JITFunction.run = lambda self, *args, grid, warmup, **options: caught.append((self, args, options))
+    line = LINES[divmod(capability, 10)]
+    tuning.GPU_TUNING[8, 0] = line  # what tensors on the CPU take
+    q = hb.quantize(torch.randn(SIZE, SIZE))
+    for format in ("nf4", "int8"):
+        OPS["quantize"](torch.zeros(5000, dtype=torch.bfloat16), format, 64)
+    for weight in (
+        q,
+        hb.quantize(torch.randn(64, 64), "int8", 64, None),
+        hb.quantize(torch.randn(64, 64), "nf4", 64, 6),
+    ):
+        OPS["dequantize"](*weight.packed(), list(weight.shape), torch.bfloat16)
+        OPS["dequantize_rows"](*weight.packed(), weight.shape[1], torch.tensor([0]), torch.bfloat16)
+    a, b = torch.zeros(16, SIZE, dtype=torch.bfloat16), torch.zeros(SIZE, 16)
+    fused = [rows for rows in (1, 16, 64) if rows <= line.linear_rows]
+    for rows in fused:
+        x = torch.zeros(rows, SIZE, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
+        OPS["linear_lora"](*q.packed(), SIZE, x, x[0, :SIZE].clone(), [a], [b], [0.5], [rows])
+    OPS["linear"](*q.packed(), SIZE, torch.zeros(1, SIZE), None)
+    OPS["linear_grad_input"](*q.packed(), SIZE, torch.zeros(min(16, line.grad_rows), SIZE, dtype=torch.bfloat16))
+    tuning.GPU_TUNING[8, 0] = dataclasses.replace(line, programs=64)
+    if 16 in fused:
+        long = hb.quantize(torch.randn(64, 2048))
+        OPS["linear"](*long.packed(), 64, torch.zeros(16, 2048, dtype=torch.bfloat16), None)
+    for kind, dtype, master in (("float32", torch.bfloat16, False), ("8bit", torch.bfloat16, True)):
+        parameter = torch.zeros(300, dtype=dtype)
+        slot = slot_of(parameter, new_state(parameter, kind, master=master, allocate=allocate_plain), 0)
+        group = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        keys = random_keys(1, np.full(1, 1), np.arange(1))
+        TritonBatch([slot]).step([torch.zeros(300)], [make_options(group, 1, 1.0)], [0], keys)
+    return caught
+
+
+def compiled(launch: Launch, capability: int, shuffle: bool) -> Any:
+    """The kernel of a launch, as triton's just-in-time compiler would specialize it."""
+    kernel, args, options = launch
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | options
+    signature, constants, hints = {}, {}, {}
+    for at, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[at,] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            hints[at,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                hints[at,] = [["tt.divisibility", 16]]
+    if "INTERPRETED" in bound:
+        constants[kernel.arg_names.index("INTERPRETED"),] = False  # as on a card
+    if "SHUFFLE" in bound:
+        constants[kernel.arg_names.index("SHUFFLE"),] = shuffle  # never on the CPU
+    source = ASTSource(kernel, signature, constants, hints)
+    chosen = {key: value for key, value in options.items() if key not in kernel.arg_names}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
+
+
+def resources(binary: bytes) -> str:
+    """Registers and local memory, by cuobjdump of the triton package."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        return ""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    return f" {found[1]} registers, {found[2]} bytes of local memory," if found else ""
+
+
+def main() -> None:
+    """Compile and print."""
+    for capability in map(int, sys.argv[1:]):
+        seen = set()
+        for launch in launches(capability):
+            name = launch[0].__name__
+            first = "SHUFFLE" in launch[0].arg_names and f"{name} shuffled" not in seen
+            for label, shuffle in ((name, False), (f"{name} shuffled", True))[: 1 + first]:
+                kernel = compiled(launch, capability, shuffle)
+                seen.add(label)
+                print(f"{label} {capability}:{resources(kernel.asm['cubin'])} {kernel.metadata.shared} shared")
+
+
+if __name__ == "__main__":
+    main()
