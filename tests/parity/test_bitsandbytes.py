@@ -156,7 +156,8 @@ def test_the_keys_in_a_file_are_its_own(format, nested):
 
 # -------------------------------------------------------------------------------------------------------- model folders
 MODELS = ["stories260K", "babyllama-105"]
-IDS = torch.arange(3, 51).view(2, 24)
+# More rows than our float32 kernels take: both then multiply by torch's GEMM, and logits are equal to the bit.
+IDS = (torch.arange(144) % 100 + 3).view(2, 72)
 
 
 @pytest.fixture
