@@ -47,14 +47,14 @@ def of_rank(rank: int) -> dict[str, Any]:
 
 # What a variant is, its learning rate, and the rates of its sweep.
 VARIANTS: dict[str, tuple[dict[str, Any], float, tuple[float, ...]]] = {
-    "full": ({"method": "full"}, 2e-4, (5e-5, 1e-4, 2e-4)),
+    "full": ({"method": "full"}, 2e-4, (5e-5, 1e-4, 2e-4, 5e-4)),
     "lora": ({**QLORA, "method": "lora"}, 1e-3, (3e-4, 1e-3, 2e-3)),
-    "qlora": (QLORA, 1e-3, (3e-4, 1e-3, 2e-3)),
+    "qlora": (QLORA, 2e-3, (3e-4, 1e-3, 2e-3)),
     "qlora, INT4 base": ({**QLORA, "format": "int4"}, 1e-3, (1e-3,)),
     "qlora, FP4 base": ({**QLORA, "format": "fp4"}, 1e-3, (1e-3,)),
-    "qlora, rank 1": (of_rank(1), 1e-3, (1e-3, 2e-3)),
-    "qlora, rank 4": (of_rank(4), 1e-3, (1e-3, 2e-3)),
-    "qlora, rank 64": (of_rank(64), 1e-3, (3e-4, 1e-3)),
+    "qlora, rank 1": (of_rank(1), 2e-3, (1e-3, 2e-3)),
+    "qlora, rank 4": (of_rank(4), 2e-3, (1e-3, 2e-3)),
+    "qlora, rank 64": (of_rank(64), 3e-4, (3e-4, 1e-3)),
     "qlora, 8-bit state": ({**QLORA, "optim": "adamw_8bit"}, 1e-3, (1e-3,)),
     "full, 8-bit state": ({"method": "full", "optim": "adamw_8bit"}, 2e-4, (2e-4,)),
     "qlora, NF4 adapter, stochastic": (NF4_ADAPTER, 1e-3, (3e-4, 1e-3, 2e-3)),
