@@ -6,8 +6,9 @@ Weights of 4096 x 4096 in NF4, block 64, double-quantized. Results are checked b
 twelve weights in turn, so that they come from memory as those of a model do, whose layers no cache holds: with one
 weight the cache of a server answers, and dense float32 is read at twice the speed of memory. `share` is what part of
 the machine's measured limit a kernel reaches: of the memory bandwidth for decoding and for few rows (bytes that must
-move, over the time), of the dense GEMM rate from 128 rows on. `--crossover` prints instead where the few-row kernels
-stop being faster than panels through torch's GEMM: kernels/tuning.py comes from it.
+move, over the time), of the dense GEMM rate from 128 rows on. bitsandbytes' products are `matmul_4bit` on the stored
+form, which it trains with; for answering its layers repack their weights, which decode.py times. `--crossover` prints
+instead where the few-row kernels stop being faster than panels through torch's GEMM: kernels/tuning.py comes from it.
 """
 
 from __future__ import annotations
