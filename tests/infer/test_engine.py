@@ -176,21 +176,41 @@ def test_the_end_token_ends_an_answer(folder, tiny_tokenizer):
         assert (cut.finish, len(cut.choices)) == ("stop", first + 1)
 
 
+class Held:
+    """A listener that holds the engine at the first token until it is let go, so that no request ends by itself."""
+
+    def __init__(self) -> None:
+        self.finish = None
+        self.began, self.go, self.ended = threading.Event(), threading.Event(), threading.Event()
+
+    def __call__(self, event) -> None:
+        self.began.set()
+        assert self.go.wait(60)
+        if event.finish:
+            self.finish = event.finish
+            self.ended.set()
+
+
 def test_a_cancelled_request_frees_its_slot(folder):
+    endless = SamplingParams(max_tokens=120, ignore_end=True)
     with Engine(folder("llama"), quantization=FLOAT32, dtype="float32", slots=1, queue_limit=1) as engine:
-        running = engine.submit("a", SamplingParams(max_tokens=120, ignore_end=True))
-        next(iter(running))
+        first, second = Held(), Held()
+        running = engine.submit("a", endless, listener=first)
+        assert first.began.wait(60)
         waiting = engine.submit("b", GREEDY)
         with pytest.raises(BusyError, match="1 requests are waiting"):
             engine.submit("c", GREEDY)
         running.cancel()
-        assert list(running)[-1].finish == "cancelled"
+        first.go.set()
+        assert first.ended.wait(60) and first.finish == "cancelled"
         assert waiting.result().finish == "length"
-        gone = engine.submit("a", SamplingParams(max_tokens=120, ignore_end=True))
+        gone = engine.submit("a", endless, listener=second)
+        assert second.began.wait(60)
         queued = engine.submit("b", GREEDY)
         queued.cancel()
         gone.cancel()
-        assert (gone.result().finish, queued.result().finish) == ("cancelled", "cancelled")
+        second.go.set()
+        assert second.ended.wait(60) and (second.finish, queued.result().finish) == ("cancelled", "cancelled")
 
 
 def test_a_closed_engine_ends_what_runs_and_takes_no_more(folder):
