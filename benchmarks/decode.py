@@ -154,8 +154,13 @@ def transformers_work(folder: Path, quantized: bool) -> Work:
         folder / "dense", quantization_config=config if quantized else None, dtype=torch.bfloat16
     ).eval()
     if quantized:
-        wanted = greedy(model.train(), 8)[0]
-        assert greedy(model.eval(), 8)[0] == wanted, "bitsandbytes' kernel for answering chooses other tokens"
+        # Its kernel for answering rounds scales to bfloat16, and random weights make near ties: tokens may differ.
+        ids = torch.tensor([prompt(PROMPT)])
+        with torch.inference_mode():
+            wanted, found = (
+                model.train(mode)(ids, logits_to_keep=1).logits.float().flatten() for mode in (True, False)
+            )
+        assert torch.cosine_similarity(wanted, found, 0) > 0.99, "bitsandbytes' kernel for answering gives other logits"
     seeds = iter(range(1 << 30))
 
     def run(kind: str, size: int) -> float:
