@@ -163,6 +163,13 @@ def test_a_state_that_does_not_fit_changes_nothing():
         other.load_state_dict(saved)
     with pytest.raises(CheckpointError, match="no optimizer state of GaLore: it lacks adamw"):
         other.load_state_dict({key: saved[key] for key in ("state", "param_groups")})
+    with pytest.raises(CheckpointError, match="it lacks state and param_groups"):
+        other.load_state_dict({"adamw": saved["adamw"]})
+    with pytest.raises(CheckpointError, match=r"a projection is missing in the .* has to be \(4, 17\)"):
+        without = {n: {key: v for key, v in state.items() if key != "basis"} for n, state in saved["state"].items()}
+        ours(params).load_state_dict({**saved, "state": without})
+    with pytest.raises(CheckpointError, match=r"groups of \[.*\] parameters, the optimizer \[5\]"):
+        GaLoreAdamW(params, rank=0).load_state_dict(saved)
     with pytest.raises(CheckpointError, match="has 5 parameters, the optimizer 1"):
         GaLoreAdamW([torch.nn.Parameter(torch.zeros(4, 4))]).load_state_dict(saved)
     assert not other.state

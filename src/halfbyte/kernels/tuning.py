@@ -1,8 +1,10 @@
 """Measured choices between kernels, one line for each instruction set: data, not code.
 
 `benchmarks/kernels.py --crossover` prints the times these numbers come from, on two cores of an Intel Xeon with AMX.
-For "avx512" and "avx512bf16" ONEDNN_MAX_CPU_ISA kept torch's GEMM to the same set. "avx2" was measured so up to 32 rows
-only; "generic" never, and "neon" and "neonbf16" nowhere: they are AVX2's line, with AVX512-BF16's for bfloat16.
+For "avx512" and "avx512bf16" ONEDNN_MAX_CPU_ISA kept torch's GEMM to the same set; their float32 lines are AMX's. That
+line ends at 128 because a call takes no more rows at once: there benchmarks/kernels.py has 18.0 ms, and 19.1 dense.
+"avx2" was measured so up to 32 rows only; "generic" never, and "neon" and "neonbf16" nowhere: they are AVX2's line,
+with AVX512-BF16's for bfloat16.
 """
 
 from __future__ import annotations

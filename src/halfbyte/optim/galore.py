@@ -142,16 +142,21 @@ class GaLoreAdamW(torch.optim.Optimizer):
         Raises:
             CheckpointError: it does not fit or is damaged; nothing was changed.
         """
-        if not isinstance(state_dict.get("adamw"), Mapping):
-            raise CheckpointError("this is no optimizer state of GaLore: it lacks adamw.")
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parts = {"adamw": Mapping, "state": Mapping, "param_groups": list}
+        if lacking := [key for key, kind in parts.items() if not isinstance(state_dict.get(key), kind)]:
+            raise CheckpointError(f"this is no optimizer state of GaLore: it lacks {' and '.join(lacking)}.")
+        saved = [list(group["params"]) for group in state_dict["param_groups"]]
+        numbers = [number for group in saved for number in group]
         expected = [(p, group) for group in self.param_groups for p in group["params"]]
         if len(numbers) != len(expected):
             raise CheckpointError(f"the optimizer state has {len(numbers)} parameters, the optimizer {len(expected)}.")
+        sizes = [len(group) for group in saved], [len(group["params"]) for group in self.param_groups]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(f"the optimizer state has groups of {sizes[0]} parameters, the optimizer {sizes[1]}.")
         for number, (param, group) in zip(numbers, expected, strict=True):
             state = state_dict["state"].get(number)
-            if state and tuple(state["basis"].shape) != (wanted := _basis_shape(param, group["rank"])):
-                found = tuple(state["basis"].shape)
+            found = tuple(state["basis"].shape) if state and "basis" in state else "missing"
+            if state and found != (wanted := _basis_shape(param, group["rank"])):
                 raise CheckpointError(f"a projection is {found} in the optimizer state, and has to be {wanted}.")
         self.adamw.load_state_dict(state_dict["adamw"])
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})

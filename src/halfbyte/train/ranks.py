@@ -1,4 +1,4 @@
-"""Several processes that train one model: `torchrun --nproc_per_node 2 -m halfbyte train recipe.yaml`.
+"""Several processes that train one model: `torchrun --nproc-per-node 2 --no-python halfbyte train recipe.yaml`.
 
 Each process holds the whole model and takes every n-th micro-batch; torch's DistributedDataParallel adds up the
 gradients, and every process takes the same step. What is more than that is agreed on here:
