@@ -212,6 +212,10 @@ typedef struct hb_step {
 // Returns 0, or 1 when there was no memory.
 HB_API int hb_decode(int threads, const hb_decoder *decoder, const hb_step *step);
 
+// zlib's crc32 of `nbytes` bytes, going on from `crc` (0 at the beginning). Whether it is faster than zlib's here.
+HB_API int hb_has_crc32(void);
+HB_API uint32_t hb_crc32(uint32_t crc, const void *data, int64_t nbytes);
+
 // Files that shrink while they are mapped (mapped.cpp). hb_watch_mappings takes SIGBUS over, from Python's handler too:
 // `tell` is called, in a signal handler, with its number. hb_watch_mapping gives the mapping a place, -1 when there is
 // none left; from then on a fault in it is survived. hb_lost_of_mapping: the offset of the lowest page that was missed,

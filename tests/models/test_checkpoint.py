@@ -14,7 +14,7 @@ import torch
 from halfbyte.errors import CheckpointError
 from halfbyte.kernels import cpu
 from halfbyte.models import checkpoint, mapping
-from halfbyte.models.checkpoint import open_folder
+from halfbyte.models.checkpoint import is_finite, open_folder
 
 LARGE = checkpoint._LARGE // 2 + 3  # of 2 bytes each
 
@@ -80,10 +80,19 @@ def test_mapped_tensors_are_what_reading_gives(tmp_path, monkeypatch, shift):
 def test_numbers_that_are_none_are_refused_by_name(tmp_path):
     damaged = tensors()
     damaged["large"][LARGE - 2] = float("nan")
-    mapped = open_folder(write_folder(tmp_path, damaged))
-    mapped.map_tensors()
+    folder = write_folder(tmp_path, damaged)
     with pytest.raises(CheckpointError, match="large holds NaN or Inf"):
-        mapped["large"].read()
+        open_folder(folder)["large"].read()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_whoever_takes_a_view_looks(dtype):
+    view = torch.ones(3, 300_001).to(dtype)
+    assert is_finite(view) and is_finite(view[:, 5:9]) and is_finite(view[:0]) and is_finite(view[0, 0])
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        view[2, 300_000] = bad
+        assert not is_finite(view) and is_finite(view[:2]) and not is_finite(view[2, 300_000])
+    assert is_finite(torch.full((9,), -1, dtype=torch.int16))
 
 
 def test_a_file_that_became_shorter_before_it_is_mapped(tmp_path):
@@ -97,7 +106,7 @@ def test_a_file_that_became_shorter_before_it_is_mapped(tmp_path):
 SHRINK = """
 import os, sys
 from halfbyte.errors import CheckpointError
-from halfbyte.models.checkpoint import open_folder
+from halfbyte.models.checkpoint import is_finite, open_folder
 
 mapped = open_folder(sys.argv[1])
 mapped.map_tensors()

@@ -2,12 +2,13 @@
 
 At block 64 a float32 scale costs half a bit a weight. Their mean over the whole tensor is taken off (scales are all
 positive; without it half of a signed table would be wasted) and what remains is encoded blockwise, 256 scales a block.
-The mean is *one number of the whole tensor*: a slice keeps its parent's, or its values change.
+The mean is *one number of the whole tensor*: a slice keeps its parent's, or its values change. On a CPU one thread sums
+it, or the same weights would have other bytes on a machine with more cores, as they have with bitsandbytes.
 
-With 8 bits the table is bitsandbytes' signed dynamic map and the result is bit-equal to its CPU code, including how
-that finds the nearest entry: the normalised scale is first rounded to a grid of 65,536 points. With 6 and 4 bits the
-table is the normal-float construction of that width, which measured better than evenly spaced and dynamic tables
-(relative squared error of the scales of N(0, 1) weights at block 64: 3.0e-4 against 5.2e-4 and 7.7e-4 at 4 bits;
+With 8 bits the table is bitsandbytes' signed dynamic map and the result is bit-equal to its CPU code on one thread,
+including how that finds the nearest entry: the normalised scale is first rounded to a grid of 65,536 points. With 6 and
+4 bits the table is the normal-float construction of that width, which measured better than evenly spaced and dynamic
+tables (relative squared error of the scales of N(0, 1) weights at block 64: 3.0e-4 against 5.2e-4 and 7.7e-4 at 4 bits;
 docs/log.md).
 """
 
@@ -21,6 +22,7 @@ from halfbyte.errors import FormatError
 from halfbyte.formats.codebooks import dynamic_map, normal_float
 from halfbyte.formats.packing import pack, packed_size, unpack
 from halfbyte.formats.spec import SCALE_BITS, SCALE_BLOCK
+from halfbyte.threads import one_thread
 
 _GRID = 65535
 
@@ -38,7 +40,7 @@ def quantize_scales(scales: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
         offset: float32 [], the mean that was taken off.
     """
     count = scales.numel()
-    offset = scales.mean() if count else scales.new_zeros(())
+    offset = mean(scales)
     centred = torch.nn.functional.pad(scales - offset, (0, -count % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
     absmax = centred.abs().amax(dim=1)
     # A block of equal scales has absmax 0 and 0 * inf; its codes do not matter, and bitsandbytes writes 0.
@@ -49,6 +51,14 @@ def quantize_scales(scales: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     table = scale_table(bits, scales.device)
     codes = torch.bucketize(x, (table[:-1] + table[1:]) / 2, out_int32=True).to(torch.uint8)
     return pack(codes, bits), absmax, offset
+
+
+def mean(scales: torch.Tensor) -> torch.Tensor:
+    """The offset of the scales of a tensor: float32 []; 0 where there are none."""
+    if not scales.numel():
+        return scales.new_zeros(())
+    with one_thread():
+        return scales.mean()
 
 
 def dequantize_scales(

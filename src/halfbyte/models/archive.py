@@ -8,16 +8,11 @@ model's parameters; names that the model ties are recorded and stored once.
 from __future__ import annotations
 
 import copy
-import ctypes
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from halfbyte.errors import RequestError
 from halfbyte.formats import QuantSpec
@@ -27,19 +22,14 @@ from halfbyte.models.archive_writer import ArchiveWriter, new_archive
 from halfbyte.models.checkpoint import INDEX
 from halfbyte.models.config import HalfbyteConfig
 from halfbyte.models.loading import load_model, resolve
-from halfbyte.models.quantizer import Sink, into_sink
+from halfbyte.models.quantizer import check_finite, into_sink
+from halfbyte.models.quantizing import QuantizingStream
 from halfbyte.models.sources import model_files, open_checkpoint
 from halfbyte.nn import QuantizationReport, make_plan, output_layers
 from halfbyte.tensor import QuantizedTensor
 
 # What a tokenizer, a chat template, a generation config and a licence are stored in. Weights and code are not.
 CARRIED = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-
-# Bytes of tensors between two times that freed memory is given back.
-_TRIM_EVERY = 1 << 24
-
-# Bytes that may wait to be written while the next tensor is read.
-_BEHIND = 1 << 24
 
 
 def save_model(
@@ -126,72 +116,13 @@ def quantize_into(archive: ArchiveWriter, folder: Path, quantization: HalfbyteCo
     """
     with ExitStack() as writing:
         if open_checkpoint(folder, verify=False).quant_method is None:
-            writing.enter_context(into_sink(writing.enter_context(_WriteBehind(archive))))
+            writing.enter_context(into_sink(writing.enter_context(QuantizingStream(archive))))
         model = load_model(folder, quantization=quantization, task=task)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.is_meta:
+            check_finite(name, tensor)
     _add_rest(archive, model)
     return model
-
-
-class _WriteBehind:
-    """A sink that writes each parameter while the next one is read and quantized, and gives back one without memory.
-
-    One parameter at most waits to be written, and a large one is waited for at once: what is held beside the tensor in
-    hand stays below `_BEHIND` bytes.
-    """
-
-    def __init__(self, archive: ArchiveWriter) -> None:
-        self._archive = archive
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
-        self._since_trim = 0
-
-    def __enter__(self) -> Sink:
-        return self._take
-
-    def __exit__(self, *error: object) -> None:
-        # The file may be closed only after the last write. What went wrong there counts unless something did here.
-        self._thread.shutdown()
-        if error[0] is None:
-            self._wait()
-
-    def _take(self, model: nn.Module, name: str, make: Callable[[], torch.Tensor]) -> nn.Parameter:
-        if self._archive.has(name):
-            return nn.Parameter(self._archive.placeholder(name), requires_grad=False)
-        made = make().detach()
-        placeholder, nbytes = made.to("meta"), made.nbytes
-        self._wait()
-        # Some checkpoints hold both copies of a tied head; without their bytes transformers cannot see that.
-        self._pending = self._thread.submit(self._archive.add, name, made, _partners(model, name))
-        del made
-        if nbytes > _BEHIND:
-            self._wait()
-        self._since_trim += nbytes
-        if self._since_trim > _TRIM_EVERY:
-            trim()
-            self._since_trim = 0
-        return nn.Parameter(placeholder, requires_grad=False)
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-        self._pending = None
-
-
-def trim() -> None:
-    """Let the C library give freed memory back: glibc keeps up to 32 MB of each freed tensor's size for later.
-
-    Without, quantizing a 435 M Llama peaked at 166 MB over the idle process; the largest tensor has 33.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _partners(model: Any, name: str) -> list[str]:
-    """The names that the model's config ties to `name`."""
-    tied: dict[str, str] = model.all_tied_weights_keys
-    pairs = [*tied.items(), *((source, target) for target, source in tied.items())]
-    return [other for one, other in pairs if one == name]
 
 
 def _add_rest(archive: ArchiveWriter, model: Any) -> None:

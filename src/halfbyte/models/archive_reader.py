@@ -37,6 +37,7 @@ from halfbyte.models.archive_format import (
     decode_directory,
     decode_header,
 )
+from halfbyte.models.checksum import crc32
 from halfbyte.models.mapping import map_file
 from halfbyte.tensor import QuantizedTensor
 
@@ -152,7 +153,7 @@ class Archive:
             data = os.pread(descriptor, size, section.offset + start)
             if len(data) != size:
                 raise CheckpointError(f"is damaged: it became shorter, {what} is no longer whole")
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
         if crc != section.crc32:
             raise CheckpointError(f"is damaged: the checksum of {what} does not match")
         end = section.offset + section.nbytes

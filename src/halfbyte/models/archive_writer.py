@@ -42,6 +42,7 @@ from halfbyte.models.archive_format import (
     encode_entry,
     encode_header,
 )
+from halfbyte.models.checksum import crc32
 from halfbyte.models.saving import as_output_error, check_parent, make_parents, sync, umask
 from halfbyte.tensor import QuantizedTensor
 
@@ -72,11 +73,17 @@ class ArchiveWriter:
         asked = {"generator": self.directory.generator, "compress": compress, "request": asked}
         self._request = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         self.written = 0
-        self._checksums = ThreadPoolExecutor(1)
+        # Checksums, and handing over to the disk, which may keep whoever does it waiting.
+        self._aside = ThreadPoolExecutor(2)
         self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
             self._lock()
-            self._end = self._resume()
+            try:
+                self._end = self._resume()
+            except OSError:  # the disk is full: nothing of this run is to stay behind
+                self.partial.unlink(missing_ok=True)
+                self.journal.unlink(missing_ok=True)
+                raise
         except BaseException:
             os.close(self._file)
             raise
@@ -152,7 +159,7 @@ class ArchiveWriter:
     def finish(self) -> int:
         """Write directory and header, bring everything to the disk and put the archive in its place; its bytes."""
         self._journal.close()
-        self._checksums.shutdown()
+        self._aside.shutdown()
         encoded = encode_directory(self.directory)
         os.ftruncate(self._file, self._end)
         self._put(encoded, self._end)
@@ -173,7 +180,7 @@ class ArchiveWriter:
             keep: leave them for a later run to continue.
         """
         self._journal.close()
-        self._checksums.shutdown()
+        self._aside.shutdown()
         if not keep:
             self.partial.unlink(missing_ok=True)
             self.journal.unlink(missing_ok=True)
@@ -197,11 +204,11 @@ class ArchiveWriter:
         pieces = [data] if frames is None else frames
         offset, place = self._end, self._end
         # Both let go of the interpreter, so a large tensor is checked and written at once.
-        checksum = self._checksums.submit(_crc32, pieces)
+        checksum = self._aside.submit(_crc32, pieces)
         for piece in pieces:
             self._put(piece, place)
             place += len(piece)
-        _start_writeback(self._file, offset, place - offset)
+        self._aside.submit(_start_writeback, self._file, offset, place - offset)
         crc = checksum.result()
         self._end = aligned(place)
         os.ftruncate(self._file, place)  # what a tensor that its partner stands for has left here
@@ -281,7 +288,7 @@ class ArchiveWriter:
     def _intact(self, section: Section) -> bool:
         crc = 0
         for start in range(0, section.nbytes, _READ):
-            crc = zlib.crc32(os.pread(self._file, min(_READ, section.nbytes - start), section.offset + start), crc)
+            crc = crc32(os.pread(self._file, min(_READ, section.nbytes - start), section.offset + start), crc)
         return crc == section.crc32
 
     def _note(self, note: dict[str, Any]) -> None:
@@ -384,7 +391,7 @@ def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
 def _crc32(pieces: Iterable[bytes | memoryview]) -> int:
     crc = 0
     for piece in pieces:
-        crc = zlib.crc32(piece, crc)
+        crc = crc32(piece, crc)
     return crc
 
 

@@ -31,13 +31,13 @@ from halfbyte.kernels.cpu import Native, native_library
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 # Linux from 5.14 on; through ctypes, because mmap's own madvise keeps the interpreter's lock while a disk is read.
-_POPULATE_READ = 22
+_POPULATE_READ, _DONTNEED = 22, 4
 _MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 if _MADVISE is not None:
     _MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
-# Place in the native library -> what to say about the loss of a page, by its offset.
-_watched: dict[int, Callable[[int], str]] = {}
+# Place in the native library -> the addresses, and what to say about the loss of a page, by its offset.
+_watched: dict[int, tuple[range, Callable[[int], str]]] = {}
 _told: set[int] = set()
 _installed = False
 
@@ -72,7 +72,8 @@ def map_file(descriptor: int, nbytes: int, lost: Callable[[int], str], offset: i
     if isinstance(library, Native) and _install(library):
         place = library.functions["hb_watch_mapping"](whole.data_ptr(), before + nbytes)
         if place >= 0:
-            _watched[place] = lambda page: lost(offset - before + page)
+            addresses = range(whole.data_ptr(), whole.data_ptr() + before + nbytes)
+            _watched[place] = addresses, lambda page: lost(offset - before + page)
             weakref.finalize(pages, _forget, library, place).atexit = False
     return whole[before:]
 
@@ -85,10 +86,26 @@ def fetch(part: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         _MADVISE(address - before, before + len(part), _POPULATE_READ)  # a hint; what it misses is met as a fault
 
 
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether a dense tensor on the CPU lies on pages of a file whose shrinking is watched for."""
+    address = tensor.data_ptr()
+    return any(address in addresses for addresses, _ in list(_watched.values()))
+
+
+def release(part: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    """Give back the pages that lie wholly in a part of a mapping; what was not written into it is still in the file."""
+    if _MADVISE is not None:
+        begin = -(-part.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+        nbytes = (part.ctypes.data + len(part)) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if nbytes > 0:
+            _MADVISE(begin, nbytes, _DONTNEED)
+
+
 def _forget(library: Native, place: int) -> None:
-    library.functions["hb_forget_mapping"](place)
-    _told.discard(place)
+    # The library may give the place to another thread's mapping as soon as it has it back.
     del _watched[place]
+    _told.discard(place)
+    library.functions["hb_forget_mapping"](place)
 
 
 def _install(library: Native) -> bool:
@@ -111,7 +128,7 @@ def _install(library: Native) -> bool:
 
 
 def _raise(library: Native) -> Any:
-    for place, sentence in list(_watched.items()):
+    for place, (_, sentence) in list(_watched.items()):
         offset = library.functions["hb_lost_of_mapping"](place)
         if offset >= 0 and place not in _told:
             _told.add(place)

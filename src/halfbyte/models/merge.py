@@ -35,14 +35,15 @@ from torch import nn
 
 from halfbyte.errors import CheckpointError, RequestError
 from halfbyte.models.adapter_overlay import ADAPTER_WEIGHTS, Overlay, read_adapter_config
-from halfbyte.models.archive import CARRIED, trim
+from halfbyte.models.archive import CARRIED
 from halfbyte.models.archive_reader import Archive, is_archive
 from halfbyte.models.archive_writer import ArchiveWriter, check_output_archive, new_archive, source_state
 from halfbyte.models.checkpoint import INDEX
 from halfbyte.models.config import HalfbyteConfig
 from halfbyte.models.dense_writer import DenseWriter
 from halfbyte.models.loading import load_config, load_model, resolve, skeleton, without_quantization
-from halfbyte.models.quantizer import into_sink
+from halfbyte.models.quantizer import Arrival, check_finite, into_sink
+from halfbyte.models.quantizing import trim
 from halfbyte.models.saving import check_output_folder, new_folder
 from halfbyte.models.sources import model_files, open_checkpoint
 from halfbyte.nn import output_layers
@@ -291,7 +292,8 @@ class _Merger:
                 fused=False,
             )
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if tensor.device.type != "meta":
+            if not tensor.is_meta:
+                check_finite(name, tensor)
                 self._merge(name, tensor.detach())
         left = [name for name in self.names if name not in self.written]
         if left:
@@ -304,15 +306,14 @@ class _Merger:
                 f"bfloat16, keep the adapter apart, or accept it with --min-surviving-share {floor}"
             )
 
-    def _take(self, model: nn.Module, name: str, make: Callable[[], torch.Tensor]) -> nn.Parameter:
-        made = make().detach()
-        placeholder = made.to("meta")
-        self._merge(name, made)
+    def _take(self, model: nn.Module, arrival: Arrival) -> nn.Parameter:
+        made = arrival.make().detach()
+        self._merge(arrival.name, made)
         self._since_trim += made.numel() * made.element_size()
         if self._since_trim > _TRIM_EVERY:
             trim()
             self._since_trim = 0
-        return nn.Parameter(placeholder, requires_grad=False)
+        return arrival.placeholder()
 
     @torch.no_grad()
     def _merge(self, name: str, stored: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +21,12 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from halfbyte.errors import CheckpointError, FormatError, HalfbyteError
+from halfbyte.formats import QuantSpec
+from halfbyte.models.checkpoint import is_finite
 from halfbyte.models.config import HalfbyteConfig
 from halfbyte.models.peft_dispatch import register_dispatcher
 from halfbyte.nn import output_layers, prepare, report
-from halfbyte.nn.replace import EMBEDDING, EXPERTS, Plan, make_plan, quantize_parameter
+from halfbyte.nn.replace import EMBEDDING, EXPERTS, Plan, as_stored, make_plan, quantize_parameter
 from halfbyte.tensor import LAYOUTS, QuantizedTensor, flatten, unflatten
 
 _SUFFIXES = (
@@ -36,13 +39,14 @@ _SUFFIXES = (
 )
 
 
-# Where halfbyte's own errors are kept while transformers loads: it would turn them into a report of tracebacks.
+# Where halfbyte's own errors, and a sink's of its disk, are kept while transformers loads: it would turn them into a
+# report of tracebacks.
 _failures: ContextVar[list[Exception] | None] = ContextVar("halfbyte_loading_failures", default=None)
 
 
 @contextmanager
 def collect_failures(failures: list[Exception]) -> Iterator[None]:
-    """Append the halfbyte errors raised while a model loads to `failures`."""
+    """Append the errors raised on purpose, and the system's, while a model loads to `failures`."""
     token = _failures.set(failures)
     try:
         yield
@@ -54,16 +58,64 @@ def collect_failures(failures: list[Exception]) -> Iterator[None]:
 def _remembered() -> Iterator[None]:
     try:
         yield
-    except HalfbyteError as error:
+    except (HalfbyteError, OSError) as error:
         kept = _failures.get()
         if kept is not None:
             kept.append(error)
         raise
 
 
-# Where finished parameters go instead of into the model, so that a model larger than the memory can be quantized. It
-# gets the model, a parameter's name and a way to make it, and returns the placeholder (on the meta device) for it.
-Sink = Callable[[nn.Module, str, Callable[[], torch.Tensor]], nn.Parameter]
+@dataclass(frozen=True)
+class Arrival:
+    """A parameter that a loader has read, on its way into the model or, with a sink, elsewhere.
+
+    Attributes:
+        name: the parameter's.
+        tensor: as it was stored: dense, or a `QuantizedTensor` that was one in the file.
+        kind: as what it is to be quantized (see `halfbyte.nn.replace`); None: it is kept as it is.
+        spec: how.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    kind: str | None
+    spec: QuantSpec
+
+    def make(self) -> torch.Tensor:
+        """The parameter.
+
+        Raises:
+            FormatError: the weight holds NaN or Inf; the message names it.
+        """
+        if self.kind is not None:
+            return quantize_parameter(self.name, self.tensor, self.kind, self.spec)
+        check_finite(self.name, self.tensor)
+        return self.tensor
+
+    def placeholder(self) -> nn.Parameter:
+        """The parameter without its bytes, on the meta device.
+
+        Raises:
+            FormatError: it has a dtype that cannot be quantized; the message names it.
+        """
+        meta = self.tensor.detach().to("meta")
+        made = meta if self.kind is None else quantize_parameter(self.name, meta, self.kind, self.spec)
+        return nn.Parameter(made, requires_grad=False)
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a dense tensor, perhaps one that is mapped and that nobody has looked at, that holds NaN or Inf.
+
+    Raises:
+        FormatError: it does; the message names it.
+    """
+    if not isinstance(tensor, QuantizedTensor) and not is_finite(tensor):
+        raise FormatError(f"{name}: the weight holds NaN or Inf")
+
+
+# Where parameters go instead of into the model, so that a model larger than the memory can be quantized. It gets the
+# model and what has arrived, and returns the placeholder for it.
+Sink = Callable[[nn.Module, Arrival], nn.Parameter]
 _sink: ContextVar[Sink | None] = ContextVar("halfbyte_sink", default=None)
 
 
@@ -98,14 +150,10 @@ class _Quantize(ConversionOps):
         return result
 
     def _convert_one(self, model: nn.Module, name: str, dense: torch.Tensor) -> torch.Tensor:
-        kind, spec, sink = self.quantizer.plan.chosen.get(name), self.quantizer.quantization_config.spec, _sink.get()
-
-        def make() -> torch.Tensor:
-            made = dense if kind is None else quantize_parameter(name, dense, kind, spec)
-            _check_shape(model, name, made)
-            return made
-
-        return make() if sink is None else sink(model, name, make)
+        spec, sink = self.quantizer.quantization_config.spec, _sink.get()
+        arrival = Arrival(name, dense, self.quantizer.plan.chosen.get(name), spec)
+        _check_shape(model, name, dense if arrival.kind is None else as_stored(dense, arrival.kind))
+        return arrival.make() if sink is None else sink(model, arrival)
 
 
 class _Assemble(ConversionOps):
@@ -128,23 +176,22 @@ class _Assemble(ConversionOps):
             if len(parts) == 1:
                 (key, dense), target = next(iter(parts.items())), model.get_parameter_or_buffer(full_layer_name)
                 if isinstance(dense, QuantizedTensor):  # an archive's, put together already
-                    return {key: _kept(model, full_layer_name, dense)}
+                    return {key: self._kept(model, full_layer_name, dense)}
                 if not dense.is_floating_point():
                     raise CheckpointError(
                         f"{full_layer_name} is stored as {dense.dtype} and nothing says how to decode it"
                     )
-                return {key: _kept(model, full_layer_name, dense.to(target.dtype))}
+                return {key: self._kept(model, full_layer_name, dense.to(target.dtype))}
             flat = {full_layer_name + key.removeprefix(attribute): value for key, value in parts.items()}
-            return {attribute: _kept(model, full_layer_name, unflatten(full_layer_name, flat))}
+            return {attribute: self._kept(model, full_layer_name, unflatten(full_layer_name, flat))}
 
-
-def _kept(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A stored tensor as transformers is to keep it: a packed one as a frozen parameter, or what the sink gives."""
-    _check_shape(model, name, tensor)
-    sink = _sink.get()
-    if sink is not None:
-        return sink(model, name, lambda: tensor)
-    return nn.Parameter(tensor, requires_grad=False) if isinstance(tensor, QuantizedTensor) else tensor
+    def _kept(self, model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A stored tensor as transformers is to keep it: a packed one as a frozen parameter, or what the sink gives."""
+        _check_shape(model, name, tensor)
+        sink = _sink.get()
+        if sink is not None:
+            return sink(model, Arrival(name, tensor, None, self.hf_quantizer.quantization_config.spec))
+        return nn.Parameter(tensor, requires_grad=False) if isinstance(tensor, QuantizedTensor) else tensor
 
 
 @register_quantizer("halfbyte")
@@ -245,11 +292,11 @@ class HalfbyteQuantizer(HfQuantizer):
         return True
 
 
-def _check_shape(model: nn.Module, name: str, packed: torch.Tensor) -> None:
+def _check_shape(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """transformers does not compare the shape of what a quantizer hands it."""
     expected = model.get_parameter_or_buffer(name).shape  # type: ignore[operator]  # transformers' own
-    if packed.shape != expected:
-        raise CheckpointError(f"{name} is stored as {tuple(packed.shape)}, and the model's is {tuple(expected)}")
+    if tensor.shape != expected:
+        raise CheckpointError(f"{name} is stored as {tuple(tensor.shape)}, and the model's is {tuple(expected)}")
 
 
 def _check_share(model: nn.Module, plan: Plan, minimum: float) -> None:

@@ -136,6 +136,11 @@ def prepare(model: nn.Module, plan: Plan, compute_dtype: torch.dtype | None = No
             getattr(module, attribute).requires_grad_(False)
 
 
+def as_stored(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """A dense weight with the rows that it is quantized in: Conv1D keeps [in, out], and products want [out, in]."""
+    return weight.T if kind == CONV1D else weight
+
+
 def quantize_parameter(name: str, weight: torch.Tensor, kind: str, spec: QuantSpec) -> nn.Parameter:
     """The frozen, quantized parameter for a dense one.
 
@@ -143,7 +148,7 @@ def quantize_parameter(name: str, weight: torch.Tensor, kind: str, spec: QuantSp
         FormatError: the weight holds NaN or Inf; the message names it.
     """
     try:
-        dense = weight.T if kind == CONV1D else weight
+        dense = as_stored(weight, kind)
         return nn.Parameter(quantize(dense, spec.format, spec.block_size, spec.scale_bits), requires_grad=False)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None

@@ -236,14 +236,34 @@ def quantize(w: torch.Tensor, format: str = "nf4", block_size: int = 64, scale_b
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _WEIGHT_DTYPES)
         raise FormatError(f"cannot quantize a tensor of {w.dtype}; choose one of: {names}")
     codes, scales = torch.ops.halfbyte.quantize(w, format, block_size)
-    if not scales.isfinite().all():
+    return assemble(codes, scales, spec, w.shape, w.dtype)
+
+
+def assemble(
+    codes: torch.Tensor, scales: torch.Tensor, spec: QuantSpec, shape: torch.Size | tuple[int, ...], dtype: torch.dtype
+) -> QuantizedTensor:
+    """A quantized tensor from its codes and float32 scales, which are quantized too where `spec` says so.
+
+    Args:
+        codes: uint8, packed; of the whole tensor, since the second level takes the mean of all scales.
+        scales: float32 [blocks], as `torch.ops.halfbyte.quantize` gives them. On the meta device nothing is checked.
+        spec: how it is, or is to be, stored.
+        shape: that the tensor stands for.
+        dtype: its logical dtype.
+
+    Raises:
+        FormatError: a scale is NaN or Inf, so the weights were.
+    """
+    # NaN and Inf come out of a maximum, which takes one pass and no temporaries.
+    if scales.numel() and not scales.is_meta and not scales.max().isfinite():
         block = int((~scales.isfinite()).nonzero()[0])
-        raise FormatError(f"the weight holds NaN or Inf (first in elements {block * block_size} and following)")
+        first = block * spec.block_size
+        raise FormatError(f"the weight holds NaN or Inf (first in elements {first} and following)")
     inner: dict[str, torch.Tensor | None] = {"codes": codes, "scales": scales}
-    if scale_bits is not None:
-        second_level = torch.ops.halfbyte.quantize_scales(scales, scale_bits)
+    if spec.scale_bits is not None:
+        second_level = torch.ops.halfbyte.quantize_scales(scales, spec.scale_bits)
         inner |= dict(zip(("scales", "scale_absmax", "scale_offset"), second_level, strict=True))
-    return QuantizedTensor(inner, spec, w.shape, w.dtype)
+    return QuantizedTensor(inner, spec, shape, dtype)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

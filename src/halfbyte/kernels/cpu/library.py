@@ -7,15 +7,12 @@ Python; ctypes calls it and releases the GIL meanwhile. Whether it can run is de
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from halfbyte import env
+from halfbyte import env, threads
 from halfbyte.errors import RequestError
 
 FILE = Path(__file__).with_name("libhalfbyte_cpu.so")
@@ -82,6 +79,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_decode": (_I, (_I, _P, _P)),
     "hb_adamw": (_I, (_I, _P, _L, _P)),
     "hb_adamw_norms": (_I, (_I, _P, _L, _P)),
+    "hb_has_crc32": (_I, ()),
+    "hb_crc32": (ctypes.c_uint32, (ctypes.c_uint32, _P, _L)),
     "hb_watch_mappings": (_I, (_P,)),
     "hb_watch_mapping": (_I, (_P, _L)),
     "hb_lost_of_mapping": (_L, (_I,)),
@@ -144,40 +143,11 @@ def load() -> Native | Missing:
         return Missing(f"the native library cannot be loaded ({error})", _REINSTALL)
     if functions["hb_abi"]() != _ABI:
         return Missing("the native library is from another version of halfbyte", _REINSTALL)
-    region, threads = _openmp()
+    runtime = threads.openmp()
+    region = None if runtime is None else ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
     functions["hb_set_openmp"](region)
-    native = Native(functions, "generic", threads)
+    found = "torch's OpenMP threads" if region else "one thread, because torch's OpenMP runtime was not found"
+    native = Native(functions, "generic", found)
     wanted = env.cpu_isa()
     native.use(ISAS[functions["hb_best_isa"]()] if wanted == "auto" else wanted)
     return native
-
-
-def _openmp() -> tuple[int | None, str]:
-    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded, and a description.
-
-    A second runtime would be a second pool of threads, fighting the first for the cores. So only what is mapped into
-    this process is asked: torch's own copy on Linux lies in its folder under a name of its own.
-    """
-    for path in _mapped_runtimes():
-        try:
-            region = ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
-        return region, "torch's OpenMP threads"
-    return None, "one thread, because torch's OpenMP runtime was not found"
-
-
-def _mapped_runtimes() -> list[str]:
-    """Paths of OpenMP runtimes, torch's own folder first."""
-    names = ("libgomp", "libiomp5", "libomp")
-    paths = [p for p in sorted((Path(torch.__file__).parent / "lib").glob("lib*")) if p.name.startswith(names)]
-    if sys.platform == "linux":
-        try:
-            lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-        except OSError:
-            lines = []
-        mapped = {line.split(maxsplit=5)[5] for line in lines if line.count("/")}
-        found = sorted(path for path in mapped if Path(path).name.startswith(names))
-        inside = [str(path.resolve()) for path in paths]
-        return sorted(found, key=lambda path: path not in inside)
-    return [str(path) for path in paths]
