@@ -106,7 +106,6 @@ def test_stock_transformers_peft_and_bitsandbytes_answer_as_halfbyte_does(ids, t
     pytest.importorskip("bitsandbytes")
     from peft import LoraConfig, PeftModel, get_peft_model
     from safetensors.torch import load_file
-
     from transformers import LlamaConfig, LlamaForCausalLM
 
     archive, folder, adapter = tmp_path / "model.nf4dq", tmp_path / "bnb", tmp_path / "adapter"
