@@ -77,7 +77,7 @@ def test_a_hundred_runs_and_four_callers(isa, threads, dtype):
 
 
 def test_a_weight_of_several_threads_work(isa, threads):
-    """Below a million numbers one thread works alone; and torch's own mean of 40,000 scales would depend on threads."""
+    """torch's own mean of 40,000 scales would depend on the threads."""
     w = torch.randn(2_500_001, generator=torch.Generator().manual_seed(2))
     threads(1)
     expected = hb.quantize(w)

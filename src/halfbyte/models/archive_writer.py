@@ -211,8 +211,9 @@ class ArchiveWriter:
         self._aside.submit(_start_writeback, self._file, offset, place - offset)
         crc = checksum.result()
         self._end = aligned(place)
-        os.ftruncate(self._file, place)  # what a tensor that its partner stands for has left here
-        os.ftruncate(self._file, self._end)  # zeros up to the next section
+        # Written and not truncated to: that waits for the disk to have the pages before, and something may lie here
+        # already, which a tensor has left that its partner stands for.
+        self._put(bytes(self._end - place), place)
         self.written += place - offset
         if frames is None:
             return Section(offset, len(data), crc, len(data))

@@ -12,6 +12,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,31 @@ from halfbyte.nn.replace import as_stored
 from halfbyte.tensor import QuantizedTensor, assemble
 from halfbyte.threads import one_thread
 
-# Elements quantized at once: a multiple of every block size, and so few that the op takes one thread for them.
-_PIECE = 1 << 20
-# Bytes that tensors underway may hold; one tensor may hold more.
-_UNDERWAY = 1 << 25
-# Bytes of tensors between two times that freed memory is given back.
+# Elements quantized at once: a multiple of every block size.
+_PIECE = 1 << 22
+# Bytes that parameters underway may hold; one alone may hold more.
+_UNDERWAY = 1 << 24
+# Bytes held between two times that freed memory is given back.
 _TRIM_EVERY = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Underway:
+    """A parameter that is being quantized or written.
+
+    Attributes:
+        arrival: the parameter. It stays here until the main thread has seen that it is written: when a file shrinks
+            while it is mapped, that thread is told, and only of mappings that are still there (see
+            halfbyte.models.mapping).
+        memory: bytes held for it; what lies on pages of a file is given back piece by piece.
+        kept: whether it lies on such pages and they are written as they are, all of which are held until then.
+        written: its end.
+    """
+
+    arrival: Arrival
+    memory: int
+    kept: bool
+    written: Future[None]
 
 
 class QuantizingStream:
@@ -46,9 +66,7 @@ class QuantizingStream:
         self._archive = archive
         self._workers = ThreadPoolExecutor(torch.get_num_threads(), "quantize")
         self._writer = ThreadPoolExecutor(1, "write")
-        # A tensor stays here until the main thread has seen that it is done: when a file shrinks while it is mapped,
-        # that thread is told, and only of mappings that are still there (see halfbyte.models.mapping).
-        self._underway: deque[tuple[Arrival, int, Future[None]]] = deque()
+        self._underway: deque[_Underway] = deque()
         self._since_trim = 0
 
     def __enter__(self) -> Sink:
@@ -70,22 +88,29 @@ class QuantizingStream:
     def _take(self, model: nn.Module, arrival: Arrival) -> nn.Parameter:
         if self._archive.has(arrival.name):
             return nn.Parameter(self._archive.placeholder(arrival.name), requires_grad=False)
-        placeholder = arrival.placeholder()
-        nbytes = placeholder.nbytes
-        if arrival.kind is not None and not is_mapped(arrival.tensor):
-            nbytes += arrival.tensor.nbytes
-        while self._underway and sum(held for _, held, _ in self._underway) + nbytes > _UNDERWAY:
+        placeholder, mapped = arrival.placeholder(), is_mapped(arrival.tensor)
+        kept, memory = mapped and arrival.kind is None, placeholder.nbytes
+        if not mapped and arrival.kind is not None:
+            memory += arrival.tensor.nbytes
+        elif kept:
+            memory = 0
+        while self._underway and self._no_room(memory, kept):
             self._finish_first()
         made = self._begin(arrival)
         # Some checkpoints hold both copies of a tied head; without their bytes transformers cannot see that.
         partners = _partners(model, arrival.name)
         written = self._writer.submit(lambda: self._archive.add(arrival.name, made(), partners))
-        self._underway.append((arrival, nbytes, written))
-        self._since_trim += nbytes
+        self._underway.append(_Underway(arrival, memory, kept, written))
+        self._since_trim += memory
         if self._since_trim > _TRIM_EVERY:
             trim()
             self._since_trim = 0
         return placeholder
+
+    def _no_room(self, memory: int, kept: bool) -> bool:
+        if kept and any(other.kept for other in self._underway):
+            return True
+        return sum(other.memory for other in self._underway) + memory > _UNDERWAY
 
     def _begin(self, arrival: Arrival) -> Callable[[], torch.Tensor]:
         """Begin to quantize; the call that waits for it and gives what is to be written."""
@@ -100,7 +125,8 @@ class QuantizingStream:
             piece = flat[start : start + _PIECE]
             pages = piece.view(torch.uint8).numpy()
             fetch(pages)
-            found = torch.ops.halfbyte.quantize(piece, spec.format, spec.block_size)
+            with one_thread():
+                found = torch.ops.halfbyte.quantize(piece, spec.format, spec.block_size)
             if mapped:
                 release(pages)
             places = start * spec.codebook.bits // 8, start // spec.block_size
@@ -140,7 +166,7 @@ class QuantizingStream:
         return finish
 
     def _finish_first(self) -> None:
-        self._underway[0][-1].result()
+        self._underway[0].written.result()
         self._underway.popleft()
 
 

@@ -34,7 +34,6 @@ from halfbyte.kernels.tuning import TUNING
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum hb_dtype
 _FORMATS = {name: (number, CODEBOOKS[name].bits) for number, name in enumerate(FORMATS)}
 _GROUP = 64  # columns that the few-row kernels take at once
-_QUANTIZED_BY_ONE = 1 << 20  # numbers that one thread quantizes, in about 0.3 ms
 
 
 class Ops(RowwiseOps):
@@ -66,7 +65,7 @@ class Ops(RowwiseOps):
         codes = torch.empty(packed_size(count, bits), dtype=torch.uint8)
         scales = torch.empty(-(-count // block_size), dtype=torch.float32)
         self._quantize(
-            _quantizing_threads(count),
+            torch.get_num_threads(),
             flat.data_ptr(),
             _DTYPES[flat.dtype],
             count,
@@ -86,7 +85,7 @@ class Ops(RowwiseOps):
         count = centred.numel()
         codes = torch.empty(packed_size(count, bits), dtype=torch.uint8)
         absmax = torch.empty(-(-count // SCALE_BLOCK), dtype=torch.float32)
-        threads = _quantizing_threads(count)
+        threads = torch.get_num_threads()
         self._quantize_scales(threads, centred.data_ptr(), count, bits, codes.data_ptr(), absmax.data_ptr())
         return codes, absmax, offset
 
@@ -331,10 +330,6 @@ def _ready(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
-
-
-def _quantizing_threads(count: int) -> int:
-    return min(torch.get_num_threads(), max(1, -(-count // _QUANTIZED_BY_ONE)))
 
 
 def _check_on_cpu(tensor: torch.Tensor) -> None:
