@@ -159,6 +159,7 @@ def main() -> None:
         quantize_to_archive(folder, compressed, HalfbyteConfig(), compress=True)
         check(folder, [plain, compressed])
         weights, size, packed = folder / "model.safetensors", plain.stat().st_size, Archive(compressed)
+        again, copied = Path(name) / "again.nf4dq", Path(name) / "copy"
         names = [name for name, entry in packed.directory.tensors.items() if entry.spec is not None]
         decoded = sum(s.decoded for name in names for s in packed.directory.tensors[name].parts.values() if s.chunk)
 
@@ -166,9 +167,8 @@ def main() -> None:
             archive = Archive(plain)
             return [archive.tensor(name) for name in archive.directory.tensors]
 
-        again = Path(name) / "again.nf4dq"
         contenders: dict[str, Callable[[], Any]] = {
-            "read and write the same bytes": lambda: copy(weights, Path(name) / "copy", size),
+            "read and write the same bytes": lambda: copy(weights, copied, size),
             "quantize to an archive": lambda: quantize_to_archive(folder, again, HalfbyteConfig()),
             "open the archive, map every tensor": open_and_map,
             "check it": Archive(plain).verify,
