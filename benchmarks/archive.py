@@ -177,11 +177,7 @@ def main() -> None:
             "decode the compressed tensors": lambda: [packed.tensor(name) for name in names],
             "bitsandbytes: load in 4 bits": lambda: bitsandbytes_load(folder),
         }
-        outputs = {
-            "read and write the same bytes": Path(name) / "copy",
-            "quantize to an archive": Path(name) / "again.nf4dq",
-        }
-        best, busy = measure(contenders, outputs)
+        best, busy = measure(contenders, {"read and write the same bytes": copied, "quantize to an archive": again})
         facts = describe(packed)
         opened = [cold(COLD_OPEN, plain) for _ in range(ROUNDS)]
         ours = [cold(COLD_TOKEN, "halfbyte", plain) for _ in range(ROUNDS)]
