@@ -2,10 +2,11 @@
 
     python benchmarks/larger_than_memory.py [--layers 24] [--share 0.3] [--tokens 8] [--model ARCHIVE]
 
-The engine runs in a process of its own in a memory cgroup, which counts the pages of files that the process reads. When
-it has loaded the model, the group's limit becomes what the process itself holds and room for a share of the file. Then
-it answers, with the next layer asked for while one computes and without, and its tokens are compared with those that it
-wrote before there was a limit. The disk's rate is read past the page cache, from the same file, before and after.
+The engine runs in processes of their own in a memory cgroup, which counts the pages of files that a process reads: one
+without a limit, which shows what a process holds besides such pages, and then two whose limit is that and room for a
+share of the file, from before the engine opens. The first of these keeps some layers in memory and reads the others
+while the layers before them compute, as the engine does unasked; the second leaves everything to the system. All have
+to write the same tokens. The disk's rate is read past the page cache, from the same file, before and after.
 """
 
 from __future__ import annotations
@@ -111,12 +112,16 @@ def answer(engine: Any, tokens: int) -> dict[str, Any]:
     from halfbyte.infer import SamplingParams
 
     read, faults, before = bytes_read(), resource.getrusage(resource.RUSAGE_SELF).ru_majflt, engine.snapshot()
+    offload, waited = engine.offload, engine.offload.waited
     found = engine.submit(list(range(3, 3 + PROMPT)), SamplingParams(tokens, ignore_end=True)).result()
     after = engine.snapshot()
     return {
         "tokens": [choice.token for choice in found.choices],
         "seconds": (after.seconds["step"] - before.seconds["step"]) / (tokens - 1),
         "read": (bytes_read() - read) / tokens,
+        "weights": offload.nbytes,
+        "offloaded": offload.offloaded,
+        "waited": (offload.waited - waited) / tokens,
         "major_faults": (resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults) / tokens,
     }
 
@@ -127,24 +132,26 @@ def bytes_read() -> int:
     return int(dict(lines)["read_bytes"])
 
 
-def work(file: Path, tokens: int, prefetch: bool, procs: Path) -> None:
-    """The process in the group: loads, answers, waits until there is a limit, answers again."""
+def work(file: Path, tokens: int, max_memory: int | None, procs: Path) -> None:
+    """The process in the group: maps the model, waits for its limit, answers to find its place, and answers again."""
     procs.write_text(str(os.getpid()))
     import halfbyte as hb
 
     model = hb.load_model(file, verify=False)
+    print(flush=True)
+    sys.stdin.readline()
     with hb.Engine(
         model,
         quantize_head=True,
         dtype="bfloat16",
         slots=1,
         max_length=128,
-        prefetch=prefetch,
+        max_memory=max_memory,
         tokenizer=tokenizer(file),
     ) as engine:
+        answer(engine, tokens)
         print(json.dumps(answer(engine, tokens)), flush=True)
         sys.stdin.readline()
-        print(json.dumps(answer(engine, tokens)), flush=True)
 
 
 def tokenizer(file: Path) -> Any:
@@ -162,65 +169,75 @@ def tokenizer(file: Path) -> Any:
         return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="z")
 
 
-def measure(file: Path, share: float, tokens: int, prefetch: bool) -> dict[str, Any]:
-    """One process: free, then limited."""
-    size = file.stat().st_size
+def run(file: Path, tokens: int, limit: int | None, max_memory: int | None) -> tuple[dict[str, Any], int, int]:
+    """One process: what it answered, the bytes that are its own, and those that count for its group in all."""
     evict(file)
     with group() as limited:
         arguments = [sys.executable, __file__, "--procs", str(limited.path / "cgroup.procs"), "--model", str(file)]
-        arguments += ["--tokens", str(tokens), *(["--prefetch"] if prefetch else [])]
+        arguments += ["--tokens", str(tokens), *(["--max-memory", str(max_memory)] if max_memory is not None else [])]
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         with subprocess.Popen(
             arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         ) as process:
             assert process.stdin is not None and process.stdout is not None
-            free = json.loads(process.stdout.readline())
-            rate = disk_rate(file)
-            own = limited.own()
-            limited.allow(own + SLACK + int(share * size))
+            process.stdout.readline()
+            if limit is not None:
+                limited.allow(limit)
             print(file=process.stdin, flush=True)
             line = process.stdout.readline()
             if not line:
-                sys.exit(f"the process did not survive a limit of {(own + SLACK + share * size) / MIB:.0f} MiB")
-            held = json.loads(line)
-            in_use = limited.held()
+                sys.exit(f"the process did not survive a limit of {(limit or 0) / MIB:.0f} MiB")
+            own, held = limited.own(), limited.held()
             process.stdin.close()
             process.wait()
-    assert held["tokens"] == free["tokens"], "the limit changed what was written"
-    return {
-        "own_bytes": own,
-        "limit_bytes": own + SLACK + int(share * size),
-        "held_bytes": in_use,
-        "file_bytes": size,
-        "free_tokens_per_second": 1 / free["seconds"],
-        "tokens_per_second": 1 / held["seconds"],
-        "read_a_token": held["read"],
-        "major_faults_a_token": held["major_faults"],
-        "reading_rate": held["read"] / held["seconds"],
-        "disk_rate": max(rate, disk_rate(file)),
-    }
+    return json.loads(line), own, held
+
+
+def measure(file: Path, share: float, tokens: int) -> dict[str, dict[str, Any]]:
+    """All three processes."""
+    size = file.stat().st_size
+    free, own, _ = run(file, tokens, None, None)
+    assert not free["offloaded"], "the model does not fit into this machine's memory; there is nothing to compare with"
+    limit = own + SLACK + int(share * size)
+    results: dict[str, dict[str, Any]] = {}
+    for kind, max_memory in (("offload", None), ("system", size)):
+        before = disk_rate(file)
+        seen, _, held = run(file, tokens, limit, max_memory)
+        assert seen["tokens"] == free["tokens"], "the limit changed what was written"
+        results[kind] = {
+            "own_bytes": own,
+            "limit_bytes": limit,
+            "held_bytes": held,
+            "file_bytes": size,
+            "weights_bytes": seen["weights"],
+            "offloaded_bytes": seen["offloaded"],
+            "free_tokens_per_second": 1 / free["seconds"],
+            "tokens_per_second": 1 / seen["seconds"],
+            "read_a_token": seen["read"],
+            "major_faults_a_token": seen["major_faults"],
+            "reading_rate": seen["read"] / seen["seconds"],
+            "disk_rate": max(before, disk_rate(file)),
+        }
+    return results
 
 
 def main() -> None:
-    """Make the file, measure with and without prefetching, print."""
+    """Make the file, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--share", type=float, default=0.3, help="of the file, that fits beside the process itself")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--model", type=Path, help="an archive; default: a random Llama of that many layers")
-    parser.add_argument("--prefetch", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--max-memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--procs", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.procs:
-        return work(options.model, options.tokens, options.prefetch, options.procs)
+        return work(options.model, options.tokens, options.max_memory, options.procs)
     with group():
         pass  # before minutes go into a file that nobody could use
     with tempfile.TemporaryDirectory() as name:
         file = options.model or write(Path(name), options.layers)
-        results = {
-            kind: measure(file, options.share, options.tokens, kind == "prefetch")
-            for kind in ("prefetch", "no prefetch")
-        }
+        results = measure(file, options.share, options.tokens)
     report(results)
 
 
@@ -246,6 +263,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
             kind,
             f"{seen['file_bytes'] / MIB:.0f}",
             f"{seen['limit_bytes'] / MIB:.0f} ({seen['own_bytes'] / MIB:.0f})",
+            f"{(seen['weights_bytes'] - seen['offloaded_bytes']) / MIB:.0f}",
             f"{seen['free_tokens_per_second']:.1f}",
             f"{seen['tokens_per_second']:.2f}",
             f"{seen['read_a_token'] / MIB:.0f}",
@@ -259,6 +277,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
         "",
         "file MiB",
         "limit (own) MiB",
+        "kept MiB",
         "tokens/s free",
         "tokens/s",
         "read a token MiB",

@@ -14,11 +14,6 @@
 #include "parallel.h"
 #include "scratch.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 namespace halfbyte {
 namespace {
 
@@ -30,19 +25,6 @@ int64_t pieces_of(int64_t n) { return (n + kColumns - 1) / kColumns; }
 
 bool same_order(const hb_matrix &a, const hb_matrix &b) {  // of prepared activations; see Linear
     return a.packed && b.packed && a.packed->format == b.packed->format && a.packed->block_size == b.packed->block_size;
-}
-
-// Asks the system to read a matrix's pages from its file, if that is where they are.
-void prefetch(const hb_matrix &m) {
-#ifdef __linux__
-    static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-    const void *const data = m.packed ? m.packed->codes : m.dense;
-    const int64_t bytes = m.packed ? m.n * m.k / 2 : m.n * m.k * (m.dense_dtype == HB_FLOAT32 ? 4 : 2);
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(data) & ~(page - 1);
-    madvise(reinterpret_cast<void *>(begin), reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes) - begin, MADV_WILLNEED);
-#else
-    (void)m;
-#endif
 }
 
 // Adds up the time that one thread, and so all of them, spends in each part of a step: a clock is read a dozen times a layer.
@@ -108,7 +90,7 @@ class Step {
         for (int64_t i = 0; i < d_.layer_count * kPhasesOfLayer + 4; ++i) new (phases_ + i) Crew::Phase;
         run_crew(threads, phases_, [this](Crew crew) {
             Laps laps(timed_.exchange(true) ? nullptr : s_.nanoseconds);
-            for (int64_t i = 0; i < d_.layer_count; ++i) layer(crew, laps, i);
+            for (int64_t i = s_.first_layer; i < s_.last_layer; ++i) layer(crew, laps, i);
             if (s_.wanted_count) head(crew);
             laps.lap(HB_PART_HEAD);
         });
@@ -143,7 +125,7 @@ class Step {
     void layer(Crew &crew, Laps &laps, int64_t number) {
         const hb_layer &l = d_.layers[number];
         const int64_t heads = s_.rows * d_.kv_heads, group = d_.heads / d_.kv_heads;
-        normalize(crew, l.attention_norm, d_.prefetch && number + 1 < d_.layer_count ? d_.layers + number + 1 : nullptr);
+        normalize(crew, l.attention_norm);
         laps.lap(HB_PART_NORMS);
         multiply<3>(crew, {{l.query, queries_}, {l.key, keys_}, {l.value, values_}}, x_, s_.rows, nothing);
         laps.lap(HB_PART_PRODUCTS);
@@ -162,7 +144,7 @@ class Step {
         laps.lap(HB_PART_ATTENTION);
         multiply<1>(crew, {{l.output, sums_}}, x_, s_.rows, add_to_hidden(sums_));
         laps.lap(HB_PART_PRODUCTS);
-        normalize(crew, l.mlp_norm, nullptr);
+        normalize(crew, l.mlp_norm);
         laps.lap(HB_PART_NORMS);
         multiply<2>(crew, {{l.gate, gates_}, {l.up, up_}}, x_, s_.rows, [&](int64_t first, int64_t last) {
             for (int64_t row = 0; row < s_.rows; ++row) {
@@ -182,18 +164,8 @@ class Step {
 
     static void nothing(int64_t, int64_t) {}
 
-    // x = norm(hidden); meanwhile the next layer's weights are asked for.
-    void normalize(Crew &crew, const float *weight, const hb_layer *next) {
-        crew.phase(s_.rows + (next ? 1 : 0), [&](int64_t row) {
-            if (row == s_.rows) {
-                for (const hb_matrix *m : {&next->query, &next->key, &next->value, &next->output, &next->gate, &next->up,
-                                           &next->down}) {
-                    prefetch(*m);
-                }
-                return;
-            }
-            normalize_row(row, weight, row);
-        });
+    void normalize(Crew &crew, const float *weight) {  // x = norm(hidden)
+        crew.phase(s_.rows, [&](int64_t row) { normalize_row(row, weight, row); });
     }
 
     void normalize_row(int64_t row, const float *weight, int64_t to) {

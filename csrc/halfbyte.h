@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Raised whenever a signature or a struct below changes; kernels/cpu/library.py refuses another number.
-#define HB_ABI 4
+#define HB_ABI 5
 
 // Element types, numbered as in kernels/cpu/library.py.
 enum hb_dtype { HB_FLOAT32 = 0, HB_BFLOAT16 = 1, HB_FLOAT16 = 2 };
@@ -187,13 +187,13 @@ typedef struct hb_decoder {
     int64_t slots, positions;          // positions: a multiple of 16
     float eps, attention_scale;
     int32_t cache_dtype, activation;
-    int32_t prefetch;  // ask for the next layer's pages while this one computes: for weights that are mapped from a file
 } hb_decoder;
 
 // Where a step's time goes. Adapters count as products, the final norm as head; rotating and storing as attention.
 typedef enum hb_part { HB_PART_NORMS, HB_PART_PRODUCTS, HB_PART_ATTENTION, HB_PART_HEAD, HB_PARTS } hb_part;
 
-// Tokens to decode together, at most HB_STEP_ROWS. Several may be of one slot, at different positions.
+// Tokens to decode together, at most HB_STEP_ROWS. Several may be of one slot, at different positions. A step may be done
+// in parts, each going on with `hidden` as the one before left it.
 enum { HB_STEP_ROWS = 128 };
 typedef struct hb_step {
     float *hidden;               // [rows, hidden]: embeddings in, the last layer's output out
@@ -206,6 +206,7 @@ typedef struct hb_step {
     const int64_t *wanted;       // [wanted_count], at most `rows`: the rows whose logits are computed
     int64_t *nanoseconds;        // [HB_PARTS], to which the time of each part is added; or null
     int64_t rows, wanted_count;
+    int64_t first_layer, last_layer;  // the layers [first, last) of this part; then the logits of wanted_count rows
     int32_t dtype;               // of the activations that enter a packed product: float32 or bfloat16
 } hb_step;
 

@@ -186,6 +186,13 @@ def test_quantize_refuses(place, options, expected):
     assert not place.output.exists()
 
 
+@pytest.mark.parametrize("size", ["lots", "6", "-1GiB", "6 PiB", "GiB"])
+def test_a_size_of_memory_that_is_none(tiny_llama, size):
+    result = CliRunner().invoke(app, ["generate", str(tiny_llama), "-p", "a", f"--max-memory={size}"])
+    assert result.exit_code == 2, result.output
+    assert f"{size!r} is no size of memory; write it like 6GiB or 500MB." in result.output
+
+
 def test_generate_and_info_name_the_folder_that_is_missing(tmp_path):
     for arguments in (["generate", str(tmp_path / "nowhere"), "-p", "a"], ["info", str(tmp_path / "nowhere")]):
         result = CliRunner().invoke(app, arguments)

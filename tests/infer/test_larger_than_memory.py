@@ -45,11 +45,12 @@ def test_a_model_that_does_not_fit_answers_as_one_that_does(archive):
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])["results"]
-    assert set(results) == {"prefetch", "no prefetch"}
-    for seen in results.values():
+    assert set(results) == {"offload", "system"}
+    for kind, seen in results.items():
         room = seen["limit_bytes"] - seen["own_bytes"]
         assert room < seen["file_bytes"] / 1.5
         assert seen["held_bytes"] <= seen["limit_bytes"]
+        assert (seen["offloaded_bytes"] > 0) == (kind == "offload")
         # What does not fit has to be read again for each token; the embeddings are 1 MiB that nobody needs in whole.
         assert seen["read_a_token"] > seen["file_bytes"] - room - 2 * MIB
         assert seen["tokens_per_second"] > 0

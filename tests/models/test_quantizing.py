@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import halfbyte as hb
 from halfbyte.errors import FormatError
 from halfbyte.models import checkpoint, quantize_to_archive, quantizing
-from halfbyte.models.mapping import is_mapped, map_file, release
+from halfbyte.models.mapping import is_mapped, let_go, map_file
 
 
 @pytest.fixture
@@ -69,12 +69,12 @@ def test_a_failing_write_is_the_error_and_no_thread_is_left(folder_of, tmp_path,
     assert threading.active_count() <= before and not list(tmp_path.iterdir())
 
 
-def test_released_pages_are_read_again(tmp_path):
+def test_pages_that_were_let_go_are_read_again(tmp_path):
     data = torch.randint(0, 256, (100_000,), dtype=torch.uint8)
     (tmp_path / "file").write_bytes(data.numpy().tobytes())
     with (tmp_path / "file").open("rb") as file:
         view = map_file(file.fileno(), 100_000, str)
-    release(view.numpy()[5:99_000])
+    let_go(view.numpy()[5:99_000])
     assert torch.equal(view, data) and is_mapped(view[50_000:]) and not is_mapped(data)
 
 

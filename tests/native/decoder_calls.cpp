@@ -77,7 +77,7 @@ struct Decoder {
         d.slots = random.between(1, 3), d.positions = 16 * random.between(1, 10);
         d.eps = 0x1p-17f, d.attention_scale = 1 / std::sqrt(float(d.head_dim));
         d.cache_dtype = int(random.among({HB_FLOAT32, HB_BFLOAT16, HB_INT8}));
-        d.activation = int(random.below(2)), d.prefetch = int(random.below(2));
+        d.activation = int(random.below(2));
         d.layer_count = random.between(1, 2);
         for (int64_t i = 0; i < d.layer_count; ++i) layers.push_back(layer(random));
         d.layers = layers.data();
@@ -154,8 +154,9 @@ struct Rows {
     int64_t count() const { return int64_t(slot.size()); }
 };
 
-int run_step(int threads, const Decoder &decoder, const Content &content, const Rows &rows, int dtype, float *hidden,
-             float *logits) {
+// In two parts, the second of which begins with layer `part`; with 0 in one.
+int run_step(int threads, const Decoder &decoder, const Content &content, const Rows &rows, int64_t part, int dtype,
+             float *hidden, float *logits) {
     const Content now = content.copy();
     hb_decoder d = decoder.fields;
     d.keys = now.keys->data(), d.values = now.values->data();
@@ -169,9 +170,12 @@ int run_step(int threads, const Decoder &decoder, const Content &content, const 
         step.mix = rows.mix.data(), step.adapter = rows.adapter.data(), step.weight = rows.weight.data();
     }
     int64_t nanoseconds[HB_PARTS] = {};
-    step.wanted = rows.wanted.data(), step.wanted_count = int64_t(rows.wanted.size());
     step.nanoseconds = threads % 2 ? nanoseconds : nullptr;
     step.rows = rows.count(), step.dtype = dtype;
+    step.last_layer = part;
+    if (part && hb_decode(threads, &d, &step)) return 1;
+    step.first_layer = part, step.last_layer = d.layer_count;
+    step.wanted = rows.wanted.data(), step.wanted_count = int64_t(rows.wanted.size());
     return hb_decode(threads, &d, &step) || !now.intact();
 }
 
@@ -187,7 +191,7 @@ Call decode(Random &random) {
     const Content content(random, d);
     const Rows rows(random, *decoder);
     const Type &type = kTypes[random.below(2)];
-    const int64_t wanted = int64_t(rows.wanted.size());
+    const int64_t wanted = int64_t(rows.wanted.size()), part = random.below(d.layer_count + 1);
     const double tolerance = type.number == HB_BFLOAT16 ? 0.1 : d.cache_dtype == HB_FLOAT32 ? 1e-5 : 1e-3;
     Call call;
     call.text = described("decode: hidden %d, ffn %d, heads %d of %d, dim %d, ", d.hidden, d.ffn, d.heads, d.kv_heads,
@@ -199,14 +203,14 @@ Call decode(Random &random) {
     if (wanted) call.outputs.push_back({4 * wanted * d.head.n, Element::kFloat32});
     hb_set_isa(HB_GENERIC);
     std::vector<float> hidden(size_t(rows.count() * d.hidden)), logits(size_t(wanted * d.head.n));
-    run_step(1, *decoder, content, rows, HB_FLOAT32, hidden.data(), logits.data());
+    run_step(1, *decoder, content, rows, 0, HB_FLOAT32, hidden.data(), logits.data());
     for (const std::vector<float> &exact : {hidden, logits}) {
         float most = 1;
         for (const float x : exact) most = std::max(most, std::fabs(x));
         for (const float x : exact) call.exact.push_back(double(x)), call.allowed.push_back(tolerance * double(most));
     }
     call.run = [=](int threads, void *const *out) {
-        return run_step(threads, *decoder, content, rows, type.number, static_cast<float *>(out[0]),
+        return run_step(threads, *decoder, content, rows, part, type.number, static_cast<float *>(out[0]),
                         wanted ? static_cast<float *>(out[1]) : nullptr);
     };
     return call;

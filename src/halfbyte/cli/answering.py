@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +18,25 @@ if TYPE_CHECKING:
     from halfbyte.infer import Engine
 
 ADAPTER_CONFIG = "adapter_config.json"
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for the weights, like 6GiB; what does not fit is read from the file at each step. "
+        "By default what is available."
+    ),
+]
+
+
+def memory_size(text: str) -> int:
+    """Bytes of a size like 6GiB, 1.5GB or 300MB.
+
+    Raises:
+        RequestError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise RequestError(f"{text!r} is no size of memory; write it like 6GiB or 500MB.")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** (1 + "KMGT".index(found[2].upper())))
 
 
 def named_adapters(options: Iterable[str]) -> dict[str, Path]:
@@ -36,7 +56,7 @@ def named_adapters(options: Iterable[str]) -> dict[str, Path]:
     return found
 
 
-def open_engine(model: str, adapters: dict[str, Path], **options: Any) -> Engine:
+def open_engine(model: str, adapters: dict[str, Path], max_memory: str | None = None, **options: Any) -> Engine:
     """The engine of an archive, a model folder, a hub name, an adapter folder or a run directory.
 
     An adapter's own recipe says how its base was quantized; the adapter was fitted to exactly those weights. An adapter
@@ -44,11 +64,12 @@ def open_engine(model: str, adapters: dict[str, Path], **options: Any) -> Engine
 
     Raises:
         CheckpointError: see `load_model`; or an adapter whose base is not named.
-        RequestError: a classifier, which writes no answers.
+        RequestError: a classifier, which writes no answers; or `max_memory` is no size.
     """
     from halfbyte.infer import Engine
 
     base = model
+    memory = None if max_memory is None else memory_size(max_memory)
     for path in (Path(model), *adapters.values()):
         _refuse_classifier(path)
     if (Path(model) / ADAPTER_CONFIG).is_file():
@@ -58,7 +79,7 @@ def open_engine(model: str, adapters: dict[str, Path], **options: Any) -> Engine
         if not base:
             raise CheckpointError(f"adapter {own} does not name its base; give the base as MODEL and --adapter {own}.")
     loaded, tokenizer = _load(base, list(adapters.values()))
-    return Engine(loaded, adapters, tokenizer=tokenizer, **options)
+    return Engine(loaded, adapters, tokenizer=tokenizer, max_memory=memory, **options)
 
 
 def load_adapted(base: str, adapter: Path) -> tuple[Any, PreTrainedTokenizerBase]:

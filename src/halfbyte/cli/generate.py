@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.answering import named_adapters, open_engine
+from halfbyte.cli.answering import MaxMemory, named_adapters, open_engine
 
 if TYPE_CHECKING:
     from halfbyte.infer import Engine, SamplingParams
@@ -28,6 +28,7 @@ def generate(
     quantize_head: Annotated[
         bool, typer.Option(help="Quantize the output layer too: faster, not the same numbers.")
     ] = False,
+    max_memory: MaxMemory = None,
     report: Annotated[bool, typer.Option("--report", help="Say what the run cost, on standard error.")] = False,
     report_against: Annotated[
         str | None,
@@ -40,7 +41,7 @@ def generate(
 
     params = SamplingParams(max_new_tokens, temperature, top_p=top_p, seed=seed, stop=tuple(stop or ()))
     before = resident()
-    with open_engine(model, named_adapters(adapter or ()), quantize_head=quantize_head) as engine:
+    with open_engine(model, named_adapters(adapter or ()), max_memory, quantize_head=quantize_head) as engine:
         conversations = [[{"role": "user", "content": text}] for text in prompt]
         mix = dict.fromkeys(engine.adapters, 1.0)
         if report or report_against is not None:

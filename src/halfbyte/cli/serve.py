@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.answering import named_adapters, open_engine
+from halfbyte.cli.answering import MaxMemory, named_adapters, open_engine
 from halfbyte.errors import RequestError
 
 _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
@@ -38,6 +38,7 @@ def serve(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one request may take.")] = 600.0,
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of one request.")] = 1 << 20,
     cache_dtype: Annotated[str | None, typer.Option(help="Keys and values in float32, bfloat16 or int8.")] = None,
+    max_memory: MaxMemory = None,
     quantize_head: Annotated[
         bool, typer.Option(help="Quantize the output layer too: faster, not the same numbers.")
     ] = False,
@@ -56,6 +57,7 @@ def serve(
     engine = open_engine(
         model,
         named_adapters(adapter or ()),
+        max_memory,
         slots=slots,
         queue_limit=queue,
         max_length=max_length,

@@ -19,6 +19,7 @@ from halfbyte.data import Message, Renderer
 from halfbyte.errors import CheckpointError, RequestError, nearest
 from halfbyte.infer.costs import ProductCosts, product_costs
 from halfbyte.infer.network import NotCoveredError, branches, check_covered, make_network
+from halfbyte.infer.offload import Offload, make_offload
 from halfbyte.infer.requests import Adapters, Completion, Event, Handle, Request, normalize_adapters
 from halfbyte.infer.sampling import SamplingParams
 from halfbyte.infer.scheduler import Scheduler, Statistics
@@ -38,6 +39,7 @@ Prompt = str | Sequence[Message] | Sequence[int]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CACHES = {**_DTYPES, "int8": torch.int8}
 _DEFAULT_LENGTH = 4096
+_MIB = 2**20
 
 
 class Engine:
@@ -56,12 +58,14 @@ class Engine:
         quantize_head: put an output layer that is dense into NF4: faster, and not the same numbers.
         drafts: tokens that prompt lookup proposes at a time; 0: none. Greedy answers stay the same.
         queue_limit: requests that may wait for a slot.
-        prefetch: ask for the next layer's pages while one computes: for archives that are larger than the memory.
+        max_memory: bytes that weights of a mapped file may take up; None: what is available. Where they do not fit,
+            some layers stay in memory and the others are read from the file at each step (`offload.py`).
         verify: compare an archive's checksums first, which reads it once.
 
     Attributes:
         decoder: what runs the model, with the reason, in a sentence.
         drafts: as given; 0 where the decoder cannot verify them.
+        offload: has weights read that do not fit into the memory; None where the decoder is transformers'.
 
     Raises:
         CheckpointError: see `load_model`; or an adapter that does not fit.
@@ -83,7 +87,7 @@ class Engine:
         quantize_head: bool = False,
         drafts: int = 0,
         queue_limit: int = 256,
-        prefetch: bool = False,
+        max_memory: int | None = None,
         verify: bool = True,
     ) -> None:
         for name, value, choices in (("dtype", dtype, _DTYPES), ("cache_dtype", cache_dtype, _CACHES)):
@@ -91,6 +95,8 @@ class Engine:
                 raise RequestError(f"{name} {value!r} is not offered; {nearest(value, choices)}")
         if not 1 <= slots <= STEP_ROWS:
             raise RequestError(f"slots is {slots}; choose 1 to {STEP_ROWS}.")
+        if max_memory is not None and max_memory < 0:
+            raise RequestError(f"max_memory is {max_memory}; give bytes, 0 or more.")
         loaded = not isinstance(path, str | Path)
         self.model = path if loaded else load_model(path, quantization=quantization, verify=verify)
         self.model.eval()
@@ -106,9 +112,13 @@ class Engine:
         self._native: NativeDecoder | None = None
         self._torch: TorchDecoder | None = None
         self._fallback: TransformersDecoder | None = None
+        self.offload: Offload | None = None
         for name, folder in (adapters or {}).items():
             self._attach(name, Path(folder))
-        self.decoder = self._make_decoder(_CACHES.get(cache_dtype or "", self._dtype), slots, quantize_head, prefetch)
+        self.decoder = self._make_decoder(_CACHES.get(cache_dtype or "", self._dtype), slots, quantize_head, max_memory)
+        if self.offload is not None and self.offload.offloaded:
+            here, size = self.offload.nbytes - self.offload.offloaded, self.offload.nbytes
+            self.decoder += f"; {here / _MIB:.0f} of {size / _MIB:.0f} MiB of weights fit into the memory"
         decode: Any = self._native or self._torch or self._fallback
         cache = self._torch.cache if self._torch is not None else None
         self.drafts = drafts if cache is not None else 0
@@ -122,7 +132,7 @@ class Engine:
             self._mix,
         )
 
-    def _make_decoder(self, cache_dtype: torch.dtype, slots: int, quantize_head: bool, prefetch: bool) -> str:
+    def _make_decoder(self, cache_dtype: torch.dtype, slots: int, quantize_head: bool, max_memory: int | None) -> str:
         try:
             if self.model.device.type != "cpu":
                 raise NotCoveredError(f"it is on {self.model.device}")
@@ -136,12 +146,14 @@ class Engine:
         if quantize_head:
             network = _with_quantized_head(network)
         cache = Cache.empty(network, slots, cache_dtype)
-        self._torch = TorchDecoder(network, cache, self._dtype)
+        self.offload = make_offload(network, max_memory)
+        enter = self.offload.enter
+        self._torch = TorchDecoder(network, cache, self._dtype, enter)
         native = cpu.native_library()
         if isinstance(native, cpu.Missing):
             self._set_names(self._names)
             return f"torch operations, because {native.reason}; {native.remedy}"
-        self._native = NativeDecoder(native, network, cache, self._dtype, prefetch=prefetch)
+        self._native = NativeDecoder(native, network, cache, self._dtype, enter)
         self._set_names(self._names)
         return f"the native decoder, {native.isa}"
 
@@ -349,6 +361,8 @@ class Engine:
             for decoder in (self._native, self._torch, self._fallback):
                 for part, seconds in (decoder.seconds if decoder is not None else {}).items():
                     counts.parts[part] = counts.parts.get(part, 0.0) + seconds
+            if self.offload is not None and self.offload.offloaded:
+                counts.parts["disk"] = self.offload.waited
             return counts
 
         counts: Statistics = self._scheduler.between_steps(take)
@@ -403,6 +417,8 @@ class Engine:
     def close(self) -> None:
         """Cancel what is running and stop the engine's thread."""
         self._scheduler.close()
+        if self.offload is not None:
+            self.offload.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -47,7 +47,8 @@ class Run:
         prompt_tokens: of all prompts.
         written_tokens: of all answers.
         shares: of `seconds`: "prompt", "step", "sampling" and "rest"; their sum is 1.
-        parts: of `seconds`, what prompts and steps are made of: the decoder's parts, and "python" around them.
+        parts: of `seconds`, what prompts and steps are made of: the decoder's parts, "disk" where weights do not fit
+            into the memory, and "python" around them.
         cores: the process kept busy, on average.
         threads: torch computes with.
         costs: of the products with packed weights; None: there are none.
@@ -127,7 +128,7 @@ def measure(
         raise RequestError("there is nothing to measure: give at least one prompt.")
     shares = {part: (last.seconds[part] - first.seconds[part]) / seconds for part in last.seconds}
     shares["rest"] = max(1.0 - sum(shares.values()), 0.0)
-    parts = {part: (last.parts[part] - first.parts[part]) / seconds for part in last.parts}
+    parts = {part: (last.parts[part] - first.parts.get(part, 0.0)) / seconds for part in last.parts}
     parts["python"] = max(shares["prompt"] + shares["step"] - sum(parts.values()), 0.0)
     after = resident()
     run = Run(
@@ -167,6 +168,14 @@ def advise(
         yield f"{run.cores:.1f} cores were busy for {run.threads} threads: set OMP_WAIT_POLICY=PASSIVE."
     elif run.cores < _CROWDED * wanted:
         yield f"{run.cores:.1f} cores were busy where {wanted:.1f} could have been: other programs took the rest."
+    offload = engine.offload
+    if offload is not None and offload.offloaded:
+        yield (
+            f"the weights do not fit into the memory: each step reads {offload.offloaded / _MIB:.0f} of "
+            f"{offload.nbytes / _MIB:.0f} MiB from the disk, at {offload.rate / 1e6:.0f} MB/s, and waiting for it took "
+            f"{run.parts.get('disk', 0.0):.0%}: several answers at once, or prompt lookup (drafts), share one reading; "
+            "so much more memory would end it."
+        )
     network = engine.network
     if network is not None and isinstance(network.head.weight, torch.Tensor) and run.parts["head"] > _NOTABLE:
         now, then = network.head.weight.nbytes, network.head.n * network.head.k * _NF4_BITS // 8

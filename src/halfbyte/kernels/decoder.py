@@ -7,7 +7,7 @@ of the cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -36,6 +36,9 @@ class Branch(NamedTuple):
 
 Branches = Mapping[tuple[int, str], Branch]  # of one adapter, by layer and matrix
 Mix = Sequence[tuple[int, float]]  # a row's adapters, by number, and their weights
+# Called with a layer's number before a step reads its weights; the number of layers stands for the head. Returns at
+# which number, above that, it is to be called next.
+Enter = Callable[[int], int]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from halfbyte.models.archive_format import (
     decode_header,
 )
 from halfbyte.models.checksum import crc32
-from halfbyte.models.mapping import map_file
+from halfbyte.models.mapping import is_guarded, map_file
 from halfbyte.tensor import QuantizedTensor
 
 _READ = 1 << 20  # bytes checked at once: large enough for the checksum to run at its pace, small enough for a cache
@@ -66,6 +66,7 @@ class Archive:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        is_guarded()  # here, because tensors may be asked for by threads of a loader, which cannot see to it
         try:
             self._file = self.path.open("rb", buffering=0)
         except OSError as error:

@@ -18,8 +18,8 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,16 +30,18 @@ from halfbyte.kernels.cpu import Native, native_library
 # Without it Linux refuses to map privately what is larger than the memory, although no page of it is ever written.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
-# Linux from 5.14 on; through ctypes, because mmap's own madvise keeps the interpreter's lock while a disk is read.
-_POPULATE_READ, _DONTNEED = 22, 4
+# What madvise is told; through ctypes, because mmap's own keeps the interpreter's lock while a disk is read.
+_RANDOM, _DONTNEED, _HUGE_PAGE = 1, 4, 14
+_PAGE_OUT, _POPULATE_READ = 21, 22  # Linux from 5.4 and from 5.14 on
 _MADVISE = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 if _MADVISE is not None:
     _MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
-# Place in the native library -> the addresses, and what to say about the loss of a page, by its offset.
-_watched: dict[int, tuple[range, Callable[[int], str]]] = {}
+# Place in the native library -> what to say about the loss of a page, by its offset.
+_watched: dict[int, Callable[[int], str]] = {}
 _told: set[int] = set()
 _installed = False
+_living: dict[int, int] = {}  # where mappings begin -> where they end
 
 
 class _Pages(mmap.mmap):
@@ -68,37 +70,101 @@ def map_file(descriptor: int, nbytes: int, lost: Callable[[int], str], offset: i
     before = offset % mmap.ALLOCATIONGRANULARITY
     pages = _Pages(descriptor, before + nbytes, flags=flags, prot=prot, offset=offset - before)
     whole = torch.frombuffer(pages, dtype=torch.uint8)
+    _living[whole.data_ptr()] = whole.data_ptr() + before + nbytes
+    weakref.finalize(pages, _living.pop, whole.data_ptr(), None).atexit = False
     library = native_library()
     if isinstance(library, Native) and _install(library):
         place = library.functions["hb_watch_mapping"](whole.data_ptr(), before + nbytes)
         if place >= 0:
-            addresses = range(whole.data_ptr(), whole.data_ptr() + before + nbytes)
-            _watched[place] = addresses, lambda page: lost(offset - before + page)
+            _watched[place] = lambda page: lost(offset - before + page)
             weakref.finalize(pages, _forget, library, place).atexit = False
     return whole[before:]
 
 
 def fetch(part: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
     """Bring a part of a mapping into this process in one call: a fault for each 64 KiB takes several times as long."""
-    if _MADVISE is not None and len(part):
-        address = part.ctypes.data
-        before = address % mmap.PAGESIZE
-        _MADVISE(address - before, before + len(part), _POPULATE_READ)  # a hint; what it misses is met as a fault
+    address = part.ctypes.data
+    _advise(address, address + len(part), _POPULATE_READ)
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Whether a dense tensor on the CPU lies on pages of a file whose shrinking is watched for."""
+    """Whether a dense tensor on the CPU lies on pages of a file."""
     address = tensor.data_ptr()
-    return any(address in addresses for addresses, _ in list(_watched.values()))
+    return any(begin <= address < end for begin, end in list(_living.items()))
 
 
-def release(part: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-    """Give back the pages that lie wholly in a part of a mapping; what was not written into it is still in the file."""
-    if _MADVISE is not None:
-        begin = -(-part.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-        nbytes = (part.ctypes.data + len(part)) // mmap.PAGESIZE * mmap.PAGESIZE - begin
-        if nbytes > 0:
-            _MADVISE(begin, nbytes, _DONTNEED)
+def let_go(part: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    """Give back this process's pages of a part of a mapping: the file's are read again, what was written is lost."""
+    begin = -(-part.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE  # a page at the border belongs to a neighbour, too
+    _advise(begin, (part.ctypes.data + len(part)) // mmap.PAGESIZE * mmap.PAGESIZE, _DONTNEED)
+
+
+class Part(NamedTuple):
+    """A part of a mapping, by addresses."""
+
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.end - self.begin
+
+
+def mapped_parts(tensors: Iterable[torch.Tensor]) -> list[Part]:
+    """Where tensors lie in mapped files, in order; what lies elsewhere, or where nothing can be told, is left out.
+
+    Args:
+        tensors: contiguous ones.
+    """
+    parts: list[Part] = []
+    for tensor in sorted(tensors, key=torch.Tensor.data_ptr):
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if _MADVISE is None or begin == end or not any(b <= begin and end <= e for b, e in list(_living.items())):
+            continue
+        if parts and begin - parts[-1].end < mmap.PAGESIZE:
+            parts[-1] = Part(parts[-1].begin, max(end, parts[-1].end))
+        else:
+            parts.append(Part(begin, end))
+    return parts
+
+
+def fetch_parts(parts: Iterable[Part]) -> None:
+    """Bring parts of mapped files into memory, at the disk's rate, and return when they are there."""
+    for begin, end in parts:
+        _advise(begin, end, _POPULATE_READ)
+
+
+def release(parts: Iterable[Part]) -> None:
+    """Take parts of mapped files out of memory, except for what another process uses, or somebody has written into.
+
+    Linux does this for files that the process owns or may write; others stay until it needs room.
+    """
+    for begin, end in parts:
+        inside = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # a page at the border belongs to a neighbour, too
+        _advise(inside, end // mmap.PAGESIZE * mmap.PAGESIZE, _PAGE_OUT)
+
+
+def expect_whole(parts: Iterable[Part]) -> None:
+    """These parts will be fetched and released as a whole, again and again.
+
+    Huge pages make the system read 2 MiB at a time, whatever the disk is set to, in pages of that size where the file
+    system has them: reading and releasing then cost a tenth of the time of the processor.
+    """
+    for begin, end in parts:
+        _advise(begin, end, _HUGE_PAGE)
+
+
+def expect_rows(parts: Iterable[Part]) -> None:
+    """Rows here and there will be read from these parts: what lies around them need not be read with them."""
+    for begin, end in parts:
+        _advise(begin, end, _RANDOM)
+
+
+def _advise(begin: int, end: int, advice: int) -> None:
+    if _MADVISE is not None and begin < end:
+        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        _MADVISE(first, end - first, advice)  # a hint; what it misses is met as a fault
 
 
 def _forget(library: Native, place: int) -> None:
@@ -128,7 +194,7 @@ def _install(library: Native) -> bool:
 
 
 def _raise(library: Native) -> Any:
-    for place, (_, sentence) in list(_watched.items()):
+    for place, sentence in list(_watched.items()):
         offset = library.functions["hb_lost_of_mapping"](place)
         if offset >= 0 and place not in _told:
             _told.add(place)

@@ -22,7 +22,7 @@ from torch import nn
 from halfbyte.errors import FormatError
 from halfbyte.formats.packing import packed_size
 from halfbyte.models.archive_writer import ArchiveWriter
-from halfbyte.models.mapping import fetch, is_mapped, release
+from halfbyte.models.mapping import fetch, is_mapped, let_go
 from halfbyte.models.quantizer import Arrival, Sink, check_finite
 from halfbyte.nn.replace import as_stored
 from halfbyte.tensor import QuantizedTensor, assemble
@@ -128,7 +128,7 @@ class QuantizingStream:
             with one_thread():
                 found = torch.ops.halfbyte.quantize(piece, spec.format, spec.block_size)
             if mapped:
-                release(pages)
+                let_go(pages)
             places = start * spec.codebook.bits // 8, start // spec.block_size
             for whole, place, part in zip((codes, scales), places, found, strict=True):
                 # torch would copy with all threads.

@@ -24,6 +24,7 @@ from halfbyte.kernels.decoder import (
     Branch,
     Branches,
     Cache,
+    Enter,
     Layer,
     Matrix,
     Mix,
@@ -72,7 +73,7 @@ class _Decoder(ctypes.Structure):
         ("positions", _L),
         ("eps", _F),
         ("attention_scale", _F),
-        *((name, _I) for name in ("cache_dtype", "activation", "prefetch")),
+        *((name, _I) for name in ("cache_dtype", "activation")),
     )
 
 
@@ -82,6 +83,8 @@ class _Step(ctypes.Structure):
         ("nanoseconds", _P),
         ("rows", _L),
         ("wanted_count", _L),
+        ("first_layer", _L),
+        ("last_layer", _L),
         ("dtype", _I),
     )
 
@@ -95,19 +98,19 @@ class NativeDecoder:
         cache: where keys and values are kept.
         dtype: float32 or bfloat16, of the activations that enter packed products where there are more than
             `FLOAT_ROWS`; everything between them is float32.
-        prefetch: ask for the next layer's pages while one computes, for weights that are mapped from a file.
+        enter: see `Enter`; None: all weights are there.
 
     Raises:
         ShapeError: a tensor does not fit the others, or is of a dtype or on a device that the library does not take.
     """
 
     def __init__(
-        self, native: Native, network: Network, cache: Cache, dtype: torch.dtype, *, prefetch: bool = False
+        self, native: Native, network: Network, cache: Cache, dtype: torch.dtype, enter: Enter | None = None
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ShapeError(f"a native decoder computes in float32 or bfloat16, not in {dtype}")
         self._decode, self.network, self.cache = native.functions["hb_decode"], network, cache
-        self._dtype = dtype
+        self._dtype, self._enter = dtype, enter
         if network.table.dim() != 2 or network.table.shape[1] != network.final_norm.numel():
             raise ShapeError(
                 f"embeddings {tuple(network.table.shape)} do not fit {network.final_norm.numel()} hidden numbers"
@@ -137,7 +140,6 @@ class NativeDecoder:
             eps=network.eps,
             attention_scale=network.attention_scale,
             activation=ACTIVATIONS.index(network.activation),
-            prefetch=int(prefetch),
         )
         self._set_cache(cache)
         self._adapters = 0
@@ -280,12 +282,22 @@ class NativeDecoder:
             wanted=ctypes.addressof(wanted_rows),
             nanoseconds=ctypes.addressof(self._nanoseconds),
             rows=rows,
-            wanted_count=len(chosen),
             dtype=_DTYPES[torch.float32 if rows <= FLOAT_ROWS else self._dtype],
         )
-        if self._decode(torch.get_num_threads(), ctypes.byref(decoder), ctypes.byref(step)):
-            raise MemoryError(f"no memory for a step of {rows} rows")
+        self._run(step, len(chosen))
         return out
+
+    def _run(self, step: _Step, wanted: int) -> None:
+        """Take a step through all layers and, if logits are wanted, the head, in the parts that `enter` asks for."""
+        layers, at = len(self.network.layers), 0
+        end = layers + 1 if wanted else layers
+        while at < end:
+            following = end if self._enter is None else min(self._enter(at), end)
+            step.first_layer, step.last_layer = at, min(following, layers)
+            step.wanted_count = wanted if following > layers else 0
+            if self._decode(torch.get_num_threads(), ctypes.byref(self._decoder), ctypes.byref(step)):
+                raise MemoryError(f"no memory for a step of {step.rows} rows")
+            at = following
 
 
 def _lora(branch: Branch, n: int, k: int) -> Lora:

@@ -18,7 +18,7 @@ from halfbyte.errors import RequestError
 FILE = Path(__file__).with_name("libhalfbyte_cpu.so")
 # Written by hatch_build.py when there is no library: why, and what would help.
 NOTE = Path(__file__).with_name("not_built.txt")
-_ABI = 4  # HB_ABI in csrc/halfbyte.h
+_ABI = 5  # HB_ABI in csrc/halfbyte.h
 
 ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")  # numbered as in csrc/halfbyte.h
 _REINSTALL = "run `pip install --force-reinstall --no-deps halfbyte`, or `pip install -e .` in a checkout"

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from halfbyte.kernels.decoder import KEY_BLOCK, PARTS, Branches, Cache, Layer, Matrix, Mix, Network
+from halfbyte.kernels.decoder import KEY_BLOCK, PARTS, Branches, Cache, Enter, Layer, Matrix, Mix, Network
 from halfbyte.kernels.schema import PackedWeight
 
 _WIDENED_ROWS = 4096  # of a dense matrix that is stored in fewer bits than it is multiplied in
@@ -25,10 +25,11 @@ class TorchDecoder:
         network: what to run.
         cache: where keys and values are kept.
         dtype: of all activations; logits are float32.
+        enter: see `Enter`; None: all weights are there.
     """
 
-    def __init__(self, network: Network, cache: Cache, dtype: torch.dtype) -> None:
-        self.network, self.cache, self.dtype = network, cache, dtype
+    def __init__(self, network: Network, cache: Cache, dtype: torch.dtype, enter: Enter | None = None) -> None:
+        self.network, self.cache, self.dtype, self._enter = network, cache, dtype, enter
         self.adapters: Sequence[Branches] = ()
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._lap_began = 0.0
@@ -63,7 +64,9 @@ class TorchDecoder:
         hidden = network.embed(tokens).to(self.dtype)
         groups = _groups(slots, mixes)
         angles = tuple(table[at][None] for table in self._angles)
+        following = 0
         for number, layer in enumerate(self._layers):
+            following = self._wait(number, following)
             x = self._norm(hidden, layer.attention_norm)
             self._lap("norms")
             query, key, value = (
@@ -91,9 +94,19 @@ class TorchDecoder:
             self._lap("products")
         if wanted is not None:
             hidden = hidden[list(wanted)]
+        if len(hidden):
+            self._wait(len(self._layers), following)
         logits = self._product(self._norm(hidden, self._final_norm), network.head, None, ()).float()
         self._lap("head")
         return logits
+
+    def _wait(self, number: int, following: int) -> int:
+        """Call `enter` if its turn has come; the time that it takes belongs to no part."""
+        if self._enter is None or number != following:
+            return following
+        following = self._enter(number)
+        self._lap_began = time.perf_counter()
+        return following
 
     def _lap(self, part: str) -> None:
         """What was done since the last call belongs to `part`."""
