@@ -114,6 +114,26 @@ def test_checkpointing_keeps_the_input_of_each_layer(measure):
     assert 0 < kept - (made - chunk_of_logits(recipe) - layer) < 0.1 * layer
 
 
+@pytest.mark.parametrize(("layers", "method", "size"), [(9, "qlora", 2), (2, "qlora", 2), (9, "full", 4)])
+def test_offloading_leaves_three_inputs_of_layers(layers, method, size):
+    """tests/train/test_offload.py counts the tensors."""
+    config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": layers, "hidden_size": 80})
+    paths = {"model_name_or_path": "m", "output_dir": "o", "dataset": "d"}
+    recipe = make_recipe({**paths, "method": method, "gradient_checkpointing": True, "per_device_train_batch_size": 3})
+    form = outline(config)
+    adapted = adapted_modules(form.shapes, "all-linear") if method == "qlora" else {}
+    plain, offloaded = (
+        estimate(recipe.model_copy(update={"activation_offloading": on}), config, form, adapted, LENGTH, gpu=True)
+        for on in (False, True)
+    )
+    checkpoint = ROWS * LENGTH * 80 * size
+    assert plain.activations - offloaded.activations == max(layers - 3, 0) * checkpoint
+    assert plain.total - offloaded.total == plain.activations - offloaded.activations
+    assert plain.host == 0
+    rounded = {48_000: 65_536, 96_000: 131_072}[checkpoint]  # torch takes pinned memory in powers of two
+    assert offloaded.host == layers * rounded
+
+
 def test_what_is_counted_is_exact():
     form = outline(LLAMA)
     recipe = make_recipe(
