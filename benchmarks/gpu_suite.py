@@ -31,6 +31,17 @@ from _gpu_models import SHAPES, llama_config, random_llama, random_weight, with_
 
 SIZE = 4096
 LENGTH = 2048
+LIBRARIES = (
+    "halfbyte",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "liger-kernel",
+    "flash-attn",
+    "bitsandbytes",
+    "unsloth",
+)
 HEADLINE = {"7 B": 6, "33 B": 24, "65 B": 48}  # GB that QLoRA's paper promises
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 4096)
 # What shared/TARGETS.md asks for: share of the card's limit, times dense.
@@ -93,7 +104,7 @@ def main() -> None:
 def machine() -> dict[str, Any]:
     """Card, driver's CUDA, versions."""
     versions = {}
-    for library in ("halfbyte", "torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth"):
+    for library in LIBRARIES:
         try:
             versions[library] = version(library)
         except PackageNotFoundError:
@@ -404,8 +415,8 @@ def memory_table(length: int) -> str:
         adapted = adapted_modules(form.shapes, "all-linear")
         buffer = 2 * max(rows * columns for rows, columns in form.shapes.values())
         made, moved = (
-            estimate(recipe.model_copy(update={"activation_offloading": on}), config, form, adapted, length, gpu=True)
-            for on in (False, True)
+            estimate(one, config, form, adapted, length, gpu=True, fused=False)
+            for one in (recipe, recipe.model_copy(update={"activation_offloading": True}))
         )
         total, promised = made.total + buffer, HEADLINE.get(name) if length == 512 else None
         parts = (made.weights, made.gradients, made.state, made.activations, buffer, total)

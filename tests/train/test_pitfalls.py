@@ -109,6 +109,22 @@ def test_checkpoints_that_do_not_fit_on_the_card(monkeypatch):
     assert "and activation_offloading: true, with which that is" in unchecked
 
 
+def test_liger_kernel_is_counted_on(monkeypatch):
+    """Its norms keep no float32 copies, its gates one tensor less; on a CPU it changes nothing."""
+    from halfbyte.kernels.registry import Availability
+    from halfbyte.train import pitfalls
+
+    found = {}
+    for there in (True, False):
+        monkeypatch.setattr(pitfalls, "liger_available", lambda there=there: Availability(there, ""))
+        found[there] = {gpu: setting(gpu=gpu).footprint().activations for gpu in (True, False)}
+    norms, gates = 2 * 256 * (4 - 2), 768 * 2
+    larger_chunk = (1024 - 256) * 1000 * 2  # of its loss: a quarter of the tokens, as the hidden size is of the words
+    less = CONFIG.num_hidden_layers * 8 * LENGTH * (norms + gates) - larger_chunk
+    assert found[False][True] - found[True][True] == less
+    assert found[True][False] == found[False][False]
+
+
 def test_more_pinned_memory_than_the_machine_has():
     keys = {**CHECKPOINTED, "activation_offloading": True, "per_device_train_batch_size": 4096}
     warning = the_one(told(10**15, **keys), "per_device_train_batch_size or max_length")

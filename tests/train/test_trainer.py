@@ -126,6 +126,16 @@ def test_the_models_loss_and_trls_give_equal_gradients(make_trainer):
         )
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_trainer_says_what_attention_is_for(make_trainer, monkeypatch, packing):
+    from halfbyte.train import guards
+
+    said = []
+    monkeypatch.setattr(guards, "set_attention", lambda model, device, packed: said.append((model, device, packed)))
+    trainer = make_trainer(packing=packing)
+    assert said == [(trainer.model.get_base_model(), trainer.args.device, packing)]
+
+
 def test_gradient_checkpointing_gives_equal_gradients(make_trainer):
     """The frozen embedding is the trap: without gradients at the inputs, the first layers would get none."""
     wanted, _ = gradients_of_one_step(make_trainer(**WHOLE))

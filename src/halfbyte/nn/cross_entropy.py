@@ -8,7 +8,7 @@ begins. So the backward pass has nothing left to do but scale. Tokens whose labe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def linear_cross_entropy(
     num_items: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     rows: tuple[Sequence[int], torch.Tensor] | None = None,
+    summed: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of `labels` under softmax(hidden W^T + bias), differentiable in hidden, weight and bias.
 
@@ -40,6 +41,8 @@ def linear_cross_entropy(
         ignore_index: the label of tokens that do not count.
         rows: indices of rows, and [indices, width] that stands in for these rows of W; differentiable in that, while
             the gradient of W, which would be as large as W, is not computed.
+        summed: another implementation, without `rows`: hidden [rows, width], W, labels [rows], bias, of one dtype ->
+            the summed loss, float32 [].
 
     Returns:
         float32 []. The products, and so the logits, are in autocast's dtype where it is on and else in the weight's;
@@ -58,12 +61,15 @@ def linear_cross_entropy(
     # Outside the function, so that autograd undoes them.
     flat, weight = flat.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
+    count = len(kept) if num_items is None else torch.as_tensor(num_items, device=device)
+    if summed is not None and rows is None and len(kept):
+        return summed(flat, weight, targets, bias) / count
     index = values = None
     if rows is not None:
         index, values = torch.tensor(rows[0], device=device), rows[1].to(device, dtype)
         weight = weight.detach().index_copy(0, index, values.detach())
     total: torch.Tensor = _SummedLoss.apply(flat, weight, bias, targets, index, values)
-    return total / (len(kept) if num_items is None else torch.as_tensor(num_items, device=total.device))
+    return total / count
 
 
 def chunk_rows(vocabulary: int, itemsize: int) -> int:

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from halfbyte.errors import NonFiniteError
+from halfbyte.nn.parts import set_attention
 from halfbyte.train import ranks
 from halfbyte.train.offload import Offload
 from halfbyte.train.optimizers import make_optimizer
@@ -55,6 +56,9 @@ class Guards(Resumable):
             _share_trained_only(self.model)
         for library_callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(library_callback)
+        whole: Any = self.model
+        base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        set_attention(base, self.args.device, packed=self.recipe.packing)
         if self.recipe.activation_offloading:
             self.add_callback(_OffloadCheckpoints())
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halfbyte.formats import QuantSpec
+from halfbyte.nn.parts import liger_available
 from halfbyte.train.footprint import Footprint, estimate, rounded_down
 from halfbyte.train.targets import adapted_modules, in_attention
 
@@ -59,7 +60,8 @@ class Setting:
             adapted = {name: shape for name, shape in adapted.items() if in_attention(name)}
         recipe = self.recipe.model_copy(update=keys)
         gpu = bool(self.machine.gpus)
-        return estimate(recipe, self.config, self.outline, adapted, self.length, gpu=gpu)
+        fused = not gpu or liger_available().possible
+        return estimate(recipe, self.config, self.outline, adapted, self.length, gpu=gpu, fused=fused)
 
     @property
     def memory(self) -> int:
