@@ -51,6 +51,8 @@ class Guards(Resumable):
     _not_finite: NonFiniteError | None = None  # found in this step
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs["args"].n_gpu > 1:  # the library would copy the model to all of them before each step
+            kwargs["args"]._n_gpu = 1
         super().__init__(*args, **kwargs)
         if ranks.count() > 1:
             _share_trained_only(self.model)

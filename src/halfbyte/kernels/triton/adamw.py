@@ -164,7 +164,9 @@ def _launch(shared: tuple[Any, ...], members: list[Any], options: Sequence[Optio
     starts = np.arange(len(owners), dtype=np.int64) - np.repeat(blocks.cumsum() - blocks, blocks)
 
     def to_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
+        host = torch.from_numpy(array)
+        # From pageable memory the host would wait until the device has done all that it was told before.
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
     _step[(len(owners),)](
         to_device(rows),
