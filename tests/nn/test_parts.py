@@ -22,8 +22,8 @@ HERE = Path(__file__).parent
 def machine(monkeypatch):
     """Says what is installed, and what the card can do."""
 
-    def make(*packages, capability=(8, 0), cuda=True, liger="0.8.5"):
-        versions = {"liger-kernel": liger, "flash-attn": "2.8.3"}
+    def make(*packages, capability=(8, 0), cuda=True, liger="0.8.5", triton="3.2.0"):
+        versions = {"liger-kernel": liger, "flash-attn": "2.8.3", "triton": triton}
         found = {"liger-kernel": "liger_kernel", "flash-attn": "flash_attn"}
         modules = {found.get(package, package) for package in packages}
         monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: cuda)
@@ -31,10 +31,14 @@ def machine(monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in modules else None)
         monkeypatch.setattr(parts, "version", versions.__getitem__)
         monkeypatch.setattr(parts, "_liger_operations", lambda: "liger's")
+        forget()
+
+    def forget():
         parts.liger_available.cache_clear()
+        parts._compiles_bfloat16.cache_clear()
 
     yield make
-    parts.liger_available.cache_clear()
+    forget()
 
 
 def names(device):
@@ -81,16 +85,17 @@ def test_the_reference_can_be_asked_for(machine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("packages", "capability", "dtype", "expected"),
+    ("packages", "options", "dtype", "expected"),
     [
-        (("triton", "liger-kernel"), (8, 0), torch.bfloat16, "liger's"),
-        (("triton", "liger-kernel"), (7, 5), torch.float16, "liger's"),
-        (("triton", "liger-kernel"), (7, 5), torch.bfloat16, None),
-        ((), (9, 0), torch.float32, None),
+        (("triton", "liger-kernel"), {}, torch.bfloat16, "liger's"),
+        (("triton", "liger-kernel"), {"capability": (7, 5)}, torch.float16, "liger's"),
+        (("triton", "liger-kernel"), {"capability": (7, 5)}, torch.bfloat16, None),
+        (("triton", "liger-kernel"), {"capability": (7, 5), "triton": "3.3.0+git"}, torch.bfloat16, "liger's"),
+        ((), {"capability": (9, 0)}, torch.float32, None),
     ],
 )
-def test_operations_go_by_where_a_tensor_is(machine, packages, capability, dtype, expected):
-    machine(*packages, capability=capability)
+def test_operations_go_by_where_a_tensor_is(machine, packages, options, dtype, expected):
+    machine(*packages, **options)
     assert parts.operations(torch.zeros(1, dtype=dtype)) is parts.OWN
     with FakeTensorMode():
         assert parts.operations(torch.zeros(1, dtype=dtype, device="cuda")) == expected

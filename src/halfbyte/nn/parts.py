@@ -32,7 +32,8 @@ PARTS = ("loss", "norm", "mlp", "rotary")
 FLASH = "flash_attention_2"  # what transformers calls flash-attn
 FLASH_CAPABILITY = (8, 0)
 LIGER_VERSION = (0, 8)  # the oldest that it was tried with
-BFLOAT16_CAPABILITY = (8, 0)  # older cards have no bfloat16 for Triton to compile to
+BFLOAT16_CAPABILITY = (8, 0)
+BFLOAT16_TRITON = (3, 3)  # the first that writes out what older cards lack
 _NO_CUDA = "this torch is built without CUDA", "on a machine with a card, install one with it"
 
 
@@ -69,9 +70,20 @@ def operations(tensor: torch.Tensor) -> Operations | None:
         return OWN
     if not tensor.is_cuda or not liger_available().possible:
         return None
-    if tensor.dtype == torch.bfloat16 and torch.cuda.get_device_capability(tensor.device) < BFLOAT16_CAPABILITY:
+    if tensor.dtype == torch.bfloat16 and not _compiles_bfloat16(tensor.device):
         return None
     return _liger_operations()
+
+
+@functools.cache
+def _compiles_bfloat16(device: torch.device) -> bool:
+    if torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY:
+        return True
+    return _release("triton") >= BFLOAT16_TRITON
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(map(int, version(package).split(".")[:2]))
 
 
 @functools.cache
@@ -92,7 +104,7 @@ def liger_available() -> Availability:
         if importlib.util.find_spec(module) is None:
             return Availability(False, f"{package} is not installed", f"pip install {package}")
     found = version("liger-kernel")
-    if tuple(map(int, found.split(".")[:2])) < LIGER_VERSION:
+    if _release("liger-kernel") < LIGER_VERSION:
         wanted = ".".join(map(str, LIGER_VERSION))
         return Availability(False, f"liger-kernel {found} is too old", f"pip install 'liger-kernel>={wanted}'")
     return Availability(True, f"liger-kernel {found}, in training")
