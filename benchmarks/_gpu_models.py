@@ -73,8 +73,8 @@ def random_llama(config: Any, contender: str, device: str) -> Any:
     return model
 
 
-def with_adapter(model: Any, contender: str, checkpointing: bool) -> Any:
-    """The model with LoRA of rank 16 on all projections, ready to train."""
+def with_adapter(model: Any, contender: str, activations: str) -> Any:
+    """The model with LoRA of rank 16 on all projections, ready to train; activations: kept, checkpointed, offloaded."""
     import peft
 
     if contender == "halfbyte":
@@ -86,9 +86,13 @@ def with_adapter(model: Any, contender: str, checkpointing: bool) -> Any:
     else:
         model.is_loaded_in_4bit = True  # what peft asks before it takes its layer for bitsandbytes
     model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS))
-    if checkpointing:
+    if activations != "kept":
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if activations == "offloaded":
+        from halfbyte.train.offload import Offload
+
+        Offload().attach(model)
     return model.train()
 
 

@@ -31,6 +31,17 @@ from _gpu_models import SHAPES, llama_config, random_llama, random_weight, with_
 
 SIZE = 4096
 LENGTH = 2048
+LIBRARIES = (
+    "halfbyte",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "liger-kernel",
+    "flash-attn",
+    "bitsandbytes",
+    "unsloth",
+)
 HEADLINE = {"7 B": 6, "33 B": 24, "65 B": 48}  # GB that QLoRA's paper promises
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 4096)
 # What shared/TARGETS.md asks for: share of the card's limit, times dense.
@@ -46,7 +57,8 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="the table of what training takes, computed")
     options = parser.parse_args()
     if options.memory:
-        print(memory_table())
+        for length in (512, 16_384):
+            print(f"one row of {length:,} tokens\n\n{memory_table(length)}\n")
         return
     if not torch.cuda.is_available():
         print("benchmark skipped: torch sees no CUDA device, and this one is about nothing else")
@@ -83,7 +95,7 @@ def main() -> None:
     decoded = decode(limits)
     print(table(("decoding, 7 B", "tokens/s"), [[name, f"{value:.1f}"] for name, value in decoded.items()]), "\n")
     steps = training(end)
-    names = ("model", "contender", "checkpointing", "tokens/s", "peak GB", "why not")
+    names = ("model", "contender", "activations", "tokens/s", "peak GB", "why not")
     print(table(names, [[str(step.get(name, "")) for name in names] for step in steps]))
     result = {"limits": limits, "kernels": lines, "decode": decoded, "training": steps}
     print(json.dumps({"benchmark": "gpu_suite", "date": str(date.today()), **machine(), **result}))
@@ -92,7 +104,7 @@ def main() -> None:
 def machine() -> dict[str, Any]:
     """Card, driver's CUDA, versions."""
     versions = {}
-    for library in ("halfbyte", "torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth"):
+    for library in LIBRARIES:
         try:
             versions[library] = version(library)
         except PackageNotFoundError:
@@ -328,20 +340,21 @@ def graph_seconds(layers: Sequence[torch.nn.Module]) -> float:
 def training(end: float) -> list[Line]:
     """A step of each shape, until the time is over; peers beside the smaller ones."""
     peers = [name for name, module in (("bitsandbytes", "bitsandbytes"), ("Unsloth", "unsloth")) if find_spec(module)]
-    plan = [("7 B", "halfbyte", True), *(("7 B", peer, True) for peer in peers)]
-    plan += [(name, "halfbyte", True) for name in ("33 B", "65 B", "70 B", "13 B", "1 B")]
-    plan += [("7 B", "halfbyte", False), ("1 B", "halfbyte", False)]
-    plan += [(name, peer, False) for name in ("7 B", "1 B") for peer in peers]
+    plan = [("7 B", contender, "checkpointed") for contender in ("halfbyte", *peers)]
+    plan += [(name, "halfbyte", "checkpointed") for name in ("33 B", "65 B")]
+    plan += [("7 B", "halfbyte", "offloaded"), ("65 B", "halfbyte", "offloaded")]
+    plan += [(name, "halfbyte", "checkpointed") for name in ("70 B", "13 B", "1 B")]
+    plan += [(name, contender, "kept") for contender in ("halfbyte", *peers) for name in ("7 B", "1 B")]
     steps = []
-    for name, contender, checkpointing in plan:
-        step: Line = {"model": name, "contender": contender, "checkpointing": checkpointing}
+    for name, contender, activations in plan:
+        step: Line = {"model": name, "contender": contender, "activations": activations}
         try:
             if time.monotonic() > end - 45:
                 step["why not"] = "out of time"
             elif contender == "Unsloth":
                 step["why not"] = "it loads folders only; write one with halfbyte.save_model"
             else:
-                step |= train(name, contender, checkpointing, end)
+                step |= train(name, contender, activations, end)
         except torch.cuda.OutOfMemoryError:
             step["why not"] = "out of memory"
         release()
@@ -352,12 +365,12 @@ def training(end: float) -> list[Line]:
     return steps
 
 
-def train(name: str, contender: str, checkpointing: bool, end: float) -> Line:
+def train(name: str, contender: str, activations: str, end: float) -> Line:
     """Tokens a second and peak of steps on one row of `LENGTH` tokens, loading included."""
     release()
     torch.manual_seed(0)
     torch.cuda.reset_peak_memory_stats()
-    model = with_adapter(random_llama(llama_config(name), contender, "cuda"), contender, checkpointing)
+    model = with_adapter(random_llama(llama_config(name), contender, "cuda"), contender, activations)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     ids = torch.randint(32_000, (1, LENGTH), device="cuda")
@@ -385,35 +398,31 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def memory_table(length: int = 512) -> str:
+def memory_table(length: int) -> str:
     """What QLoRA takes at a row of `length` tokens: rank 16 on all projections, checkpointing, 8-bit AdamW."""
     from halfbyte.train.footprint import estimate
     from halfbyte.train.recipe import make_recipe
     from halfbyte.train.targets import adapted_modules, outline
 
-    keys = {"gradient_checkpointing": True, "per_device_train_batch_size": 1, "optim": "adamw_8bit"}
-    recipe = make_recipe({"model_name_or_path": "m", "output_dir": "o", "dataset": "d.jsonl", "lora_r": 16, **keys})
-    header = (
-        "model",
-        "weights GB",
-        "gradients",
-        "optimizer",
-        "activations",
-        "decoded weight",
-        "all",
-        "promised",
-        "fits",
-    )
+    keys = {"gradient_checkpointing": True, "per_device_train_batch_size": 1, "optim": "adamw_8bit", "lora_r": 16}
+    recipe = make_recipe({"model_name_or_path": "m", "output_dir": "o", "dataset": "d.jsonl", **keys})
+    header = ("model", "weights GB", "gradients", "optimizer", "activations", "decoded weight", "all")
+    header += ("promised", "fits", "activations offloaded", "all", "pinned")
     rows = []
     for name in SHAPES:
         config = llama_config(name)
         form = outline(config)
-        made = estimate(recipe, config, form, adapted_modules(form.shapes, "all-linear"), length, gpu=True)
+        adapted = adapted_modules(form.shapes, "all-linear")
         buffer = 2 * max(rows * columns for rows, columns in form.shapes.values())
-        total, promised = made.total + buffer, HEADLINE.get(name)
+        made, moved = (
+            estimate(one, config, form, adapted, length, gpu=True, fused=False)
+            for one in (recipe, recipe.model_copy(update={"activation_offloading": True}))
+        )
+        total, promised = made.total + buffer, HEADLINE.get(name) if length == 512 else None
         parts = (made.weights, made.gradients, made.state, made.activations, buffer, total)
         rows.append([name, *(f"{part / 1e9:.2f}" for part in parts)])
         rows[-1] += ["", ""] if promised is None else [f"{promised}", "yes" if total < promised * 1e9 else "no"]
+        rows[-1] += [f"{part / 1e9:.2f}" for part in (moved.activations, moved.total + buffer, moved.host)]
     return table(header, rows)
 
 

@@ -147,7 +147,10 @@ def test_train_a_classifier_then_ask_it_with_the_printed_lines(tiny_llama, tmp_p
 def test_info_of_the_machine_names_the_kernels():
     facts = json.loads(run("info", "--json"))
     assert facts["kernels"]
-    assert all(": " in reason for reason in facts["kernels"].values())
+    for kind in ("kernels", "parts"):
+        assert all(": " in reason for reason in facts[kind].values())
+    assert facts["parts"]["norm (cpu)"].startswith("halfbyte: ")
+    assert "attention (cuda)" in facts["parts"]
 
 
 def test_ctrl_c_is_quiet(monkeypatch, tmp_path):

@@ -56,3 +56,24 @@ def test_every_kernel_compiles(capability, tmp_path):
         kernels |= {"_tile_kernel", "_add_kernel"}
     assert {line.split()[0] for line in said.splitlines()} == kernels
     assert f"_vector_kernel shuffled {capability}" in said
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "expected"),
+    [((3, 2), (7, 5), False), ((3, 2), (8, 0), True), ((3, 3), (7, 5), True), ((4, 0), (7, 5), True)],
+)
+def test_bfloat16_where_it_can_be_compiled(monkeypatch, version, capability, expected):
+    """ptxas refuses what Triton 3.2 writes for compute capability 7.5; torch's operations take over."""
+    import torch
+
+    from halfbyte.kernels.triton import weights
+
+    monkeypatch.setattr(weights, "_VERSION", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    weights._compiles_bfloat16.cache_clear()
+    card = torch.device("cuda", 0)
+    assert weights.takes(torch.bfloat16, card) == expected
+    assert weights.takes(torch.float16, card) and weights.takes(torch.float32, card)
+    assert not weights.takes(torch.float64, card)
+    assert weights.takes(torch.bfloat16, torch.device("cpu"))
+    weights._compiles_bfloat16.cache_clear()

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import halfbyte as hb
-from halfbyte.models.fused import PARTS, fuse
+from halfbyte.models.fused import fuse
+from halfbyte.nn.parts import PARTS
 
 LLAMAS = ("llama", "llama-tied", "qwen2", "qwen3")
 

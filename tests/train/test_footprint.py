@@ -98,7 +98,7 @@ def measure(tmp_path):
 @pytest.mark.parametrize(("config", "keys", "ratio"), CASES, ids=str)
 def test_the_estimate_is_what_autograd_keeps(measure, config, keys, ratio):
     recipe, form, adapted, kept = measure(config, **keys)
-    made = estimate(recipe, config, form, adapted, LENGTH, gpu=False)
+    made = estimate(recipe, config, form, adapted, LENGTH, gpu=False, fused=True)
     linear = sum(rows * columns for rows, columns in form.shapes.values())
     casts = 2 * (linear if recipe.method == "full" else made.trained) * (recipe.compute_dtype != "float32")
     estimated = made.activations - chunk_of_logits(recipe) + casts  # autocast's copies count as weights there
@@ -107,11 +107,39 @@ def test_the_estimate_is_what_autograd_keeps(measure, config, keys, ratio):
 
 def test_checkpointing_keeps_the_input_of_each_layer(measure):
     recipe, _, adapted, kept = measure(LLAMA, gradient_checkpointing=True)
-    made = activation_bytes(recipe, LLAMA, adapted, LENGTH, gpu=False)
+    made = activation_bytes(recipe, LLAMA, adapted, LENGTH, gpu=False, fused=True)
     plain = recipe.model_copy(update={"gradient_checkpointing": False})
-    layer = (activation_bytes(plain, LLAMA, adapted, LENGTH, gpu=False) - chunk_of_logits(recipe)) / 3
+    layer = (activation_bytes(plain, LLAMA, adapted, LENGTH, gpu=False, fused=True) - chunk_of_logits(recipe)) / 3
     # What is kept of the layer that is computed again is not there yet when the forward pass ends: a layer at most.
     assert 0 < kept - (made - chunk_of_logits(recipe) - layer) < 0.1 * layer
+
+
+@pytest.mark.parametrize(("layers", "method", "size"), [(9, "qlora", 2), (2, "qlora", 2), (9, "full", 4)])
+def test_offloading_leaves_three_inputs_of_layers(layers, method, size):
+    """tests/train/test_offload.py counts the tensors."""
+    config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": layers, "hidden_size": 80})
+    paths = {"model_name_or_path": "m", "output_dir": "o", "dataset": "d"}
+    recipe = make_recipe({**paths, "method": method, "gradient_checkpointing": True, "per_device_train_batch_size": 3})
+    form = outline(config)
+    adapted = adapted_modules(form.shapes, "all-linear") if method == "qlora" else {}
+    plain, offloaded = (
+        estimate(
+            recipe.model_copy(update={"activation_offloading": on}),
+            config,
+            form,
+            adapted,
+            LENGTH,
+            gpu=True,
+            fused=False,
+        )
+        for on in (False, True)
+    )
+    checkpoint = ROWS * LENGTH * 80 * size
+    assert plain.activations - offloaded.activations == max(layers - 3, 0) * checkpoint
+    assert plain.total - offloaded.total == plain.activations - offloaded.activations
+    assert plain.host == 0
+    rounded = {48_000: 65_536, 96_000: 131_072}[checkpoint]  # torch takes pinned memory in powers of two
+    assert offloaded.host == layers * rounded
 
 
 def test_what_is_counted_is_exact():
@@ -119,7 +147,7 @@ def test_what_is_counted_is_exact():
     recipe = make_recipe(
         {"model_name_or_path": "m", "output_dir": "o", "dataset": "d", "lora_r": 8, "optim": "adamw_8bit"}
     )
-    made = estimate(recipe, LLAMA, form, adapted_modules(form.shapes, "all-linear"), LENGTH, gpu=False)
+    made = estimate(recipe, LLAMA, form, adapted_modules(form.shapes, "all-linear"), LENGTH, gpu=False, fused=True)
     model = LlamaForCausalLM(LLAMA)
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     assert made.quantized == sum(m.weight.numel() for m in linear)
@@ -129,7 +157,7 @@ def test_what_is_counted_is_exact():
     nf4 = 4 + (8 + 32 / 256) / 64  # bits of a double-quantized weight
     assert made.weights == pytest.approx(made.quantized * nf4 / 8 + 2 * rest + (4 + 2) * made.trained)
     paged = recipe.model_copy(update={"paged": "file"})
-    assert estimate(paged, LLAMA, form, form.shapes, LENGTH, gpu=False).state == 0
+    assert estimate(paged, LLAMA, form, form.shapes, LENGTH, gpu=False, fused=True).state == 0
 
 
 def test_rounded_down():

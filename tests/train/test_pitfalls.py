@@ -25,13 +25,15 @@ CONFIG = LlamaConfig(
 )
 MODEL = outline(CONFIG)
 LENGTH = 512
+HOST = 10**9  # bytes of a machine with a card
 
 
-def setting(memory=10**15, **keys):
+def setting(memory=10**15, gpu=False, **keys):
     paths = {"model_name_or_path": "base", "output_dir": "run", "dataset": "rows.jsonl"}
     recipe = make_recipe({**paths, "lora_r": 2, **keys})  # of a small model a higher rank is a large part
     targets = [] if recipe.method == "full" else check_targets(recipe, MODEL.shapes)
-    return Setting(recipe, CONFIG, MODEL, targets, LENGTH, Machine("", 2, int(memory), "", (), ""))
+    gpus = (("card", int(memory)),) if gpu else ()
+    return Setting(recipe, CONFIG, MODEL, targets, LENGTH, Machine("", 2, int(HOST if gpu else memory), "", gpus, ""))
 
 
 def memory_for(*keys_that_fit, **keys):
@@ -87,6 +89,47 @@ def test_activations_that_do_not_fit_without_checkpointing():
     assert told(enough_with, gradient_checkpointing=True) == []
     assert told(memory_for()) == []
     assert "max_length besides" in the_one(told(enough_with / 2), "gradient_checkpointing")
+
+
+CHECKPOINTED = {"gradient_checkpointing": True, "gpu": True, "per_device_train_batch_size": 32}
+
+
+def test_checkpoints_that_do_not_fit_on_the_card(monkeypatch):
+    monkeypatch.setattr(CONFIG, "num_hidden_layers", 12)
+    enough_with = memory_for(("activation_offloading", True), **CHECKPOINTED)
+    moved = 9 * 32 * LENGTH * CONFIG.hidden_size * 2
+    (warning,) = told(enough_with, **CHECKPOINTED)
+    assert f"32 x 512 tokens leave checkpoints of {moved / 1e6:.1f} MB" in warning
+    assert "Set activation_offloading: true, which keeps them in 100.7 MB of pinned host memory." in warning
+    assert told(enough_with, **CHECKPOINTED, activation_offloading=True) == []
+    assert told(memory_for(**CHECKPOINTED), **CHECKPOINTED) == []
+    assert not any("Set activation" in w for w in told(enough_with / 2, **CHECKPOINTED))  # it would not fit either
+    assert not any("activation_offloading" in w for w in told(enough_with, **{**CHECKPOINTED, "gpu": False}))
+    unchecked = the_one(told(enough_with, **{**CHECKPOINTED, "gradient_checkpointing": False}), "gradient_check")
+    assert "and activation_offloading: true, with which that is" in unchecked
+
+
+def test_liger_kernel_is_counted_on(monkeypatch):
+    """Its norms keep no float32 copies, its gates one tensor less; on a CPU it changes nothing."""
+    from halfbyte.kernels.registry import Availability
+    from halfbyte.train import pitfalls
+
+    found = {}
+    for there in (True, False):
+        monkeypatch.setattr(pitfalls, "liger_available", lambda there=there: Availability(there, ""))
+        found[there] = {gpu: setting(gpu=gpu).footprint().activations for gpu in (True, False)}
+    norms, gates = 2 * 256 * (4 - 2), 768 * 2
+    larger_chunk = (1024 - 256) * 1000 * 2  # of its loss: a quarter of the tokens, as the hidden size is of the words
+    less = CONFIG.num_hidden_layers * 8 * LENGTH * (norms + gates) - larger_chunk
+    assert found[False][True] - found[True][True] == less
+    assert found[True][False] == found[False][False]
+
+
+def test_more_pinned_memory_than_the_machine_has():
+    keys = {**CHECKPOINTED, "activation_offloading": True, "per_device_train_batch_size": 4096}
+    warning = the_one(told(10**15, **keys), "per_device_train_batch_size or max_length")
+    assert "takes 3.2 GB of pinned memory, and this machine has 1.0 GB" in warning
+    assert told(10**15, **{**keys, "per_device_train_batch_size": 1024}) == []
 
 
 def test_more_target_modules_than_fit():

@@ -126,6 +126,27 @@ def test_the_models_loss_and_trls_give_equal_gradients(make_trainer):
         )
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_trainer_says_what_attention_is_for(make_trainer, monkeypatch, packing):
+    from halfbyte.train import guards
+
+    said = []
+    monkeypatch.setattr(guards, "set_attention", lambda model, device, packed: said.append((model, device, packed)))
+    trainer = make_trainer(packing=packing)
+    assert said == [(trainer.model.get_base_model(), trainer.args.device, packing)]
+
+
+def test_one_process_trains_on_one_card(make_trainer, monkeypatch):
+    """transformers would wrap the model in DataParallel, which copies it to every card before each step."""
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2 if self._n_gpu == 0 else self._n_gpu))
+    trainer = make_trainer(per_device_train_batch_size=2)
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 2
+    assert trainer._wrap_model(trainer.model) is trainer.model
+
+
 def test_gradient_checkpointing_gives_equal_gradients(make_trainer):
     """The frozen embedding is the trap: without gradients at the inputs, the first layers would get none."""
     wanted, _ = gradients_of_one_step(make_trainer(**WHOLE))

@@ -5,15 +5,29 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from halfbyte.errors import CheckpointError, RequestError
 
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "safetensors", "bitsandbytes")
+if TYPE_CHECKING:
+    from halfbyte.kernels import Choice
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "safetensors",
+    "bitsandbytes",
+    "triton",
+    "liger-kernel",
+)
 STATE_MARKER = ".quant_state."
 ARCHIVE = ".nf4dq"
 GGUF = ".gguf"
@@ -45,7 +59,7 @@ def info(
 
 
 def machine_info() -> dict[str, Any]:
-    """Versions, processor, memory, GPU, and which kernels run, with the reason."""
+    """Versions, processor, memory, GPU, and which kernels and parts of a model run, with the reason."""
     import torch
 
     from halfbyte.device import this_machine
@@ -60,7 +74,7 @@ def machine_info() -> dict[str, Any]:
         "memory": f"{machine.memory / 1e9:.1f} GB",
         "gpu": gpus or f"none ({machine.gpu_reason})",
     }
-    return facts | {"kernels": _kernels()}
+    return facts | {"kernels": _kernels(), "parts": _parts()}
 
 
 def folder_info(folder: Path) -> dict[str, Any]:
@@ -221,8 +235,19 @@ def _kernels() -> dict[str, str]:
     """Which implementation serves each op, why, and what would make it faster."""
     from halfbyte.kernels import chosen
 
+    return _told(chosen())
+
+
+def _parts() -> dict[str, str]:
+    """Which implementation computes the parts of a model beside its packed weights."""
+    from halfbyte.nn.parts import chosen_parts
+
+    return _told(chosen_parts())
+
+
+def _told(choices: Iterable[Choice]) -> dict[str, str]:
     return {
         f"{choice.op} ({choice.device})": f"{choice.name}: {choice.reason}"
         + (f"; {choice.remedy}" if choice.remedy else "")
-        for choice in chosen()
+        for choice in choices
     }

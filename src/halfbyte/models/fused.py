@@ -1,11 +1,13 @@
 """The one place that gives transformers' modules halfbyte's operations: `fuse(model)`.
 
-| part | instead of | what runs |
-|---|---|---|
-| loss | a causal language model's forward with labels, in training mode | `nn.linear_cross_entropy`; no logits |
-| norm | RMSNorm | `nn.rms_norm` |
-| mlp | silu(gate) * up | `nn.swiglu` |
-| rotary | the rotation of queries and keys | `nn.rotary` |
+| part | instead of | what runs on a CPU | on a GPU, where it is installed |
+|---|---|---|---|
+| loss | a causal language model's forward with labels, in training mode | `nn.linear_cross_entropy` | liger-kernel's |
+| norm | RMSNorm | `nn.rms_norm` | liger-kernel's |
+| mlp | silu(gate) * up | `nn.swiglu` | liger-kernel's |
+| rotary | the rotation of queries and keys | `nn.rotary` | liger-kernel's |
+
+`halfbyte.nn.parts` decides. The loss makes no logits; without liger-kernel it is halfbyte's on a GPU, too.
 
 Where the mlp or the rotation is covered, adapted projections that read one tensor (gate and up; q, k and v) are one
 operation as well (`shared_input.py`).
@@ -14,7 +16,7 @@ A module is covered when its class's forward is the very code that the operation
 model classes stay as they are, since only `forward` of this model's instances is replaced. They differ from the class's
 own forward by rounding, which they do once where that does it at each step, so they run in training mode only: a model
 in eval mode gives transformers' numbers to the bit. Whatever a single call asks for that an operation does not do (a
-weight that is trained, a tensor on another device, mixed dtypes) runs in the class's own forward too.
+weight that is trained, another kind of device, mixed dtypes) runs in the class's own forward too.
 """
 
 from __future__ import annotations
@@ -27,11 +29,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte import nn as operations
 from halfbyte.models import plain_forwards
 from halfbyte.models.shared_input import ATTENTION, SharedInput, project
-
-PARTS = ("loss", "norm", "mlp", "rotary")
+from halfbyte.nn import linear_cross_entropy
+from halfbyte.nn.parts import PARTS, operations
 
 
 def fuse(model: nn.Module) -> dict[str, str]:
@@ -96,17 +97,19 @@ def _is_silu(activation: Any) -> bool:
 
 def _norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = self.weight
-    fits = weight.dtype == hidden_states.dtype and hidden_states.is_cpu
-    if self.training and fits and not weight.requires_grad:
-        return operations.rms_norm(hidden_states, weight, self.variance_epsilon)
+    fits = self.training and weight.dtype == hidden_states.dtype and not weight.requires_grad
+    chosen = operations(hidden_states) if fits else None
+    if chosen is not None:
+        return chosen.rms_norm(hidden_states, weight, self.variance_epsilon)
     result: torch.Tensor = type(self).forward(self, hidden_states)
     return result
 
 
 def _mlp_forward(self: Any, x: torch.Tensor) -> Any:
     gate, up = project(x, (self.gate_proj, self.up_proj)) if self.training else (self.gate_proj(x), self.up_proj(x))
-    if self.training and gate.is_cpu and gate.dtype == up.dtype:
-        return self.down_proj(operations.swiglu(gate, up))
+    chosen = operations(gate) if self.training and gate.dtype == up.dtype else None
+    if chosen is not None:
+        return self.down_proj(chosen.swiglu(gate, up))
     return self.down_proj(self.act_fn(gate) * up)
 
 
@@ -128,18 +131,16 @@ def _with_rotary(plain: Any) -> Any:
 
 
 def _rotate(plain: Any) -> Any:
-    """`apply_rotary_pos_emb` with halfbyte's operation, and `plain` where that does not apply."""
+    """`apply_rotary_pos_emb` with the chosen operation, and `plain` where that does not apply."""
 
     def apply_rotary_pos_emb(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         fits = unsqueeze_dim == 1 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
-        if not fits or not q.is_cpu or not q.dtype == k.dtype == cos.dtype == sin.dtype:
-            result: tuple[torch.Tensor, torch.Tensor] = plain(q, k, cos, sin, unsqueeze_dim)
-            return result
-        # Tokens before heads is how the projections wrote them, so this copies nothing.
-        q, k = (operations.rotary(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
-        return q, k
+        chosen = operations(q) if fits and q.dtype == k.dtype == cos.dtype == sin.dtype else None
+        rotate = functools.partial(plain, unsqueeze_dim=unsqueeze_dim) if chosen is None else chosen.rotate
+        result: tuple[torch.Tensor, torch.Tensor] = rotate(q, k, cos, sin)
+        return result
 
     return apply_rotary_pos_emb
 
@@ -190,7 +191,8 @@ def _causal_lm_forward(kind: type) -> Any:
         ignore_index = kwargs.get("ignore_index", -100)
         if shifted is None:  # token t is compared with label t + 1
             shifted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        loss = operations.linear_cross_entropy(
+        chosen = operations(head.weight)
+        loss = linear_cross_entropy(
             outputs.last_hidden_state,
             head.weight,
             shifted,
@@ -198,6 +200,7 @@ def _causal_lm_forward(kind: type) -> Any:
             num_items=kwargs.get("num_items_in_batch"),
             ignore_index=ignore_index,
             rows=rows,
+            summed=None if chosen is None else chosen.summed_loss,
         )
         return CausalLMOutputWithPast(
             loss=loss,

@@ -23,10 +23,11 @@ from halfbyte.errors import CheckpointError, FormatError, RequestError, nearest
 from halfbyte.formats import QuantSpec
 from halfbyte.models.checkpoint import Checkpoint
 from halfbyte.models.config import HalfbyteConfig
-from halfbyte.models.fused import PARTS, fuse
+from halfbyte.models.fused import fuse
 from halfbyte.models.quantizer import collect_failures, has_sink
 from halfbyte.models.sources import model_files, open_checkpoint
 from halfbyte.nn import report
+from halfbyte.nn.parts import PARTS
 from halfbyte.tensor import read_spec
 
 TASKS = {

@@ -65,7 +65,8 @@ class LoraLinear4bit(LoraLinear):
         name = self.active_adapters[0]
         lora_a: Any = self.lora_A[name]
         lora_b: Any = self.lora_B[name]
-        return LoraWeights(base.weight.packed(), base.bias, lora_a.weight, lora_b.weight, self.scaling[name])
+        packed = QuantizedTensor.packed(base.weight)  # torch.compile looks into a function, not into a tensor's method
+        return LoraWeights(packed, base.bias, lora_a.weight, lora_b.weight, self.scaling[name])
 
     def _dropout(self) -> float:
         """The probability that is in force."""

@@ -17,8 +17,10 @@ a the width of all heads, m the width of the MLP and e the bytes of the compute 
 | between those of a plain MLP                      | m e; 4 m e where GELU is written as tanh of a polynomial       |
 
 A frozen projection without an adapter keeps nothing. Full fine-tuning keeps the input of every projection, in 16 bits
-beside float32 norms. With gradient checkpointing each layer keeps its input, and one layer at a time the rest. Behind
-the layers comes one chunk of logits. tests/train/test_footprint.py compares this with what autograd keeps.
+beside float32 norms. With gradient checkpointing each layer keeps its input, and one layer at a time the rest. With
+activation offloading three of these inputs are on the GPU at a time (that of the layer in work, the next one, and the
+embeddings' output, which is a leaf and stays), and all of them in pinned memory, of which torch takes powers of two.
+Behind the layers comes one chunk of logits. tests/train/test_footprint.py compares this with what autograd keeps.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 COMPUTE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "adamw_4bit": 1.03}  # of a parameter, see `halfbyte.optim.states`
+_INPUTS_ON_DEVICE = 3  # see `halfbyte.train.offload`
 _POLYNOMIAL_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
 
 
@@ -53,6 +56,7 @@ class Footprint:
         activations: of the largest micro-batch.
         trained: parameters that are trained, not bytes.
         quantized: parameters of the base that are quantized, not bytes.
+        host: pinned memory of the machine, for activation offloading; not in the total.
     """
 
     weights: float
@@ -61,15 +65,16 @@ class Footprint:
     activations: float
     trained: int
     quantized: int
+    host: float
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """All that lies where the model does."""
         return self.weights + self.gradients + self.state + self.activations
 
 
 def estimate(
-    recipe: Recipe, config: PretrainedConfig, outline: Outline, adapted: Shapes, length: int, *, gpu: bool
+    recipe: Recipe, config: PretrainedConfig, outline: Outline, adapted: Shapes, length: int, *, gpu: bool, fused: bool
 ) -> Footprint:
     """What a run takes at its peak.
 
@@ -79,7 +84,8 @@ def estimate(
         outline: of the model.
         adapted: the linear modules that get an adapter; empty for `method: full`.
         length: tokens of the longest row, padding and both answers of a pair included.
-        gpu: whether it runs on one; halfbyte's fused norms and gates are for the CPU.
+        gpu: whether it runs on one.
+        fused: whether its norms, gates and loss are fused there: by halfbyte on a CPU, by liger-kernel on a GPU.
     """
     linear = sum(rows * columns for rows, columns in outline.shapes.values())
     full, compute = recipe.method == "full", COMPUTE_BYTES[recipe.compute_dtype]
@@ -93,31 +99,62 @@ def estimate(
         weights=base + 4 * adapter + casts,
         gradients=4 * trained,
         state=0 if recipe.paged != "none" else trained * STATE_BYTES.get(recipe.optim, 8.0),
-        activations=activation_bytes(recipe, config, adapted, length, gpu=gpu),
+        activations=activation_bytes(recipe, config, adapted, length, gpu=gpu, fused=fused),
         trained=trained,
         quantized=quantized,
+        host=_pinned_bytes(recipe, config, length),
     )
 
 
-def activation_bytes(recipe: Recipe, config: PretrainedConfig, adapted: Shapes, length: int, *, gpu: bool) -> float:
+def activation_bytes(
+    recipe: Recipe, config: PretrainedConfig, adapted: Shapes, length: int, *, gpu: bool, fused: bool
+) -> float:
     """What the backward pass of the largest micro-batch needs; arguments as `estimate` takes them."""
     sizes: Any = config.get_text_config()
     layers, hidden, compute = sizes.num_hidden_layers, sizes.hidden_size, COMPUTE_BYTES[recipe.compute_dtype]
-    residual = 4 if recipe.method == "full" else compute
+    residual = _residual_bytes(recipe)
     tokens = recipe.per_device_train_batch_size * length
-    layer = tokens * _layer_bytes(recipe, sizes, adapted, length, gpu=gpu)
+    layer = tokens * _layer_bytes(recipe, sizes, adapted, length, gpu=gpu, fused=fused)
     kept = layers * layer
     if recipe.gradient_checkpointing:
-        kept = layers * tokens * hidden * residual + layer
+        inputs = min(layers, _INPUTS_ON_DEVICE) if recipe.activation_offloading else layers
+        kept = inputs * tokens * hidden * residual + layer
     words = 0 if recipe.task == "sequence-classification" else sizes.vocab_size
-    chunk = min(tokens, chunk_rows(words, compute)) * words * compute if words else 0
+    chunk = 0
+    if words:
+        rows = _liger_rows(tokens, words, hidden) if gpu and fused else chunk_rows(words, compute)
+        chunk = min(tokens, rows) * words * compute
     return float(kept + tokens * hidden * (residual + compute) + chunk)
 
 
-def _layer_bytes(recipe: Recipe, sizes: Any, adapted: Shapes, length: int, *, gpu: bool) -> float:
+def _liger_rows(tokens: int, words: int, hidden: int) -> int:
+    """Of a chunk of logits, which liger-kernel makes about as large as the hidden states."""
+    return _power_of_two(math.ceil(tokens / math.ceil(words / hidden)))
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest that is not below `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def _pinned_bytes(recipe: Recipe, config: PretrainedConfig, length: int) -> float:
+    if not recipe.activation_offloading:
+        return 0.0
+    sizes: Any = config.get_text_config()
+    tokens = recipe.per_device_train_batch_size * length
+    checkpoint = tokens * sizes.hidden_size * _residual_bytes(recipe)
+    return float(sizes.num_hidden_layers * _power_of_two(checkpoint))
+
+
+def _residual_bytes(recipe: Recipe) -> int:
+    """Of a number between two layers."""
+    return 4 if recipe.method == "full" else COMPUTE_BYTES[recipe.compute_dtype]
+
+
+def _layer_bytes(recipe: Recipe, sizes: Any, adapted: Shapes, length: int, *, gpu: bool, fused: bool) -> float:
     """Of one token in one layer."""
     hidden, compute = sizes.hidden_size, COMPUTE_BYTES[recipe.compute_dtype]
-    between, gated = _mlp(sizes, fused=not gpu)
+    between, gated = _mlp(sizes, fused=fused)
     width = _mlp_width(sizes)
     own_dropout = any(getattr(sizes, name, 0) for name in ("resid_pdrop", "hidden_dropout_prob", "dropout"))
     kept = _attention_bytes(sizes, compute, length, gpu=gpu) + 2 * hidden * compute * own_dropout
@@ -125,7 +162,7 @@ def _layer_bytes(recipe: Recipe, sizes: Any, adapted: Shapes, length: int, *, gp
         inputs = 5 if gated else 4  # each projection has a cast of its own, where there is one to cast
         of_projections = (inputs if compute < 4 else 2) * hidden + width
         return kept + 4 * hidden * 4 + (of_projections + between * width) * compute
-    kept += 2 * hidden * (4 if gpu and gated and compute < 4 else compute) + between * width * compute
+    kept += 2 * hidden * (4 if not fused and gated and compute < 4 else compute) + between * width * compute
     per_layer = sizes.num_hidden_layers
     kept += recipe.lora_r * compute * len(adapted) / per_layer
     if recipe.lora_dropout:

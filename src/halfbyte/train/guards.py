@@ -27,10 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from halfbyte.errors import NonFiniteError
+from halfbyte.nn.parts import set_attention
 from halfbyte.train import ranks
+from halfbyte.train.offload import Offload
 from halfbyte.train.optimizers import make_optimizer
 from halfbyte.train.resume import Resumable
 from halfbyte.train.sampling import ByLength
@@ -49,11 +51,18 @@ class Guards(Resumable):
     _not_finite: NonFiniteError | None = None  # found in this step
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs["args"].n_gpu > 1:  # the library would copy the model to all of them before each step
+            kwargs["args"]._n_gpu = 1
         super().__init__(*args, **kwargs)
         if ranks.count() > 1:
             _share_trained_only(self.model)
         for library_callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(library_callback)
+        whole: Any = self.model
+        base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        set_attention(base, self.args.device, packed=self.recipe.packing)
+        if self.recipe.activation_offloading:
+            self.add_callback(_OffloadCheckpoints())
 
     def forward_again(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         """The forward pass that `compute_loss` does on a batch, to look at it once more."""
@@ -157,6 +166,13 @@ class Guards(Resumable):
         with torch.no_grad(), _watch_outputs(model) as found:
             self.forward_again(model, inputs)
         return f"the first tensor that is not finite is the output of {found[0]}" if found else "every output is finite"
+
+
+class _OffloadCheckpoints(TrainerCallback):
+    """Moves checkpoints to the host, from when the library has turned gradient checkpointing on."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        Offload().attach(model)
 
 
 def _added(totals: Counter[str], more: Counter[str]) -> Counter[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from halfbyte.formats import QuantSpec
+from halfbyte.nn.parts import liger_available
 from halfbyte.train.footprint import Footprint, estimate, rounded_down
 from halfbyte.train.targets import adapted_modules, in_attention
 
@@ -59,12 +60,18 @@ class Setting:
             adapted = {name: shape for name, shape in adapted.items() if in_attention(name)}
         recipe = self.recipe.model_copy(update=keys)
         gpu = bool(self.machine.gpus)
-        return estimate(recipe, self.config, self.outline, adapted, self.length, gpu=gpu)
+        fused = not gpu or liger_available().possible
+        return estimate(recipe, self.config, self.outline, adapted, self.length, gpu=gpu, fused=fused)
 
     @property
     def memory(self) -> int:
         """Bytes of the memory that it runs in; 0: unknown."""
         return self.machine.gpus[0][1] if self.machine.gpus else self.machine.memory
+
+    @property
+    def least_activations(self) -> dict[str, bool]:
+        """The keys with which activations take as little as they can here."""
+        return {"gradient_checkpointing": True, "activation_offloading": bool(self.machine.gpus)}
 
     def fits(self, footprint: Footprint) -> bool:
         """Whether it does; yes, where nobody knows."""
@@ -73,7 +80,7 @@ class Setting:
 
 def find_pitfalls(setting: Setting) -> list[str]:
     """A warning of one or two sentences for each."""
-    checks = (_learning_rate, _checkpointing, _targets, _rank, _optimizer_state)
+    checks = (_learning_rate, _checkpointing, _offloading, _host_memory, _targets, _rank, _optimizer_state)
     return [told for check in checks if (told := check(setting))]
 
 
@@ -93,8 +100,12 @@ def _checkpointing(setting: Setting) -> str:
     recipe, now = setting.recipe, setting.footprint()
     if recipe.gradient_checkpointing or setting.fits(now):
         return ""
-    then = setting.footprint(gradient_checkpointing=True)
-    rest = "" if setting.fits(then) else ", and a smaller per_device_train_batch_size or max_length besides"
+    then, least = setting.footprint(gradient_checkpointing=True), setting.footprint(**setting.least_activations)
+    rest = ", and a smaller per_device_train_batch_size or max_length besides"
+    if setting.fits(least):
+        rest = f", and activation_offloading: true, with which that is {_gb(least.activations)}"
+    if setting.fits(then):
+        rest = ""
     return (
         f"activations of {recipe.per_device_train_batch_size} x {setting.length:,} tokens take about "
         f"{_gb(now.activations)}, which with {_gb(now.total - now.activations)} for the rest does not fit into "
@@ -102,16 +113,39 @@ def _checkpointing(setting: Setting) -> str:
     )
 
 
+def _offloading(setting: Setting) -> str:
+    recipe, now = setting.recipe, setting.footprint()
+    then = setting.footprint(activation_offloading=True)
+    if not recipe.gradient_checkpointing or setting.fits(now) or not setting.machine.gpus or not setting.fits(then):
+        return ""
+    return (
+        f"{recipe.per_device_train_batch_size} x {setting.length:,} tokens leave checkpoints of "
+        f"{_gb(now.activations - then.activations)}, with which the run takes {_gb(now.total)} of "
+        f"{_gb(setting.memory)}. Set activation_offloading: true, which keeps them in {_gb(then.host)} of pinned host "
+        "memory."
+    )
+
+
+def _host_memory(setting: Setting) -> str:
+    needed, there = setting.footprint().host, setting.machine.memory
+    if not there or needed <= USABLE * there:
+        return ""
+    return (
+        f"activation_offloading takes {_gb(needed)} of pinned memory, and this machine has {_gb(there)}. "
+        "Set per_device_train_batch_size or max_length lower."
+    )
+
+
 def _targets(setting: Setting) -> str:
-    now = setting.footprint(gradient_checkpointing=True)
+    now = setting.footprint(**setting.least_activations)
     if setting.recipe.method == "full" or setting.fits(now):
         return ""
-    fewer = setting.footprint(gradient_checkpointing=True, attention=True)
+    fewer = setting.footprint(attention=True, **setting.least_activations)
     if not 0 < fewer.trained < now.trained or not setting.fits(fewer):
         return ""
     return (
         f"adapters in all the modules named train {now.trained:,} parameters, and the run takes about {_gb(now.total)} "
-        f"of {_gb(setting.memory)} even with gradient checkpointing. "
+        f"of {_gb(setting.memory)} even with gradient checkpointing{' and offloading' * bool(now.host)}. "
         f"Set target_modules: attention, with which it takes {_gb(fewer.total)}."
     )
 
@@ -138,10 +172,10 @@ def _rank(setting: Setting) -> str:
 
 
 def _optimizer_state(setting: Setting) -> str:
-    now = setting.footprint(gradient_checkpointing=True)
+    now = setting.footprint(**setting.least_activations)
     if setting.recipe.optim != "adamw" or setting.fits(now):
         return ""
-    then = setting.footprint(gradient_checkpointing=True, optim="adamw_8bit")
+    then = setting.footprint(optim="adamw_8bit", **setting.least_activations)
     if not setting.fits(then):
         return ""
     return (

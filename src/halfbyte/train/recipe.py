@@ -143,6 +143,9 @@ class Recipe(BaseModel):
     per_device_eval_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+    activation_offloading: bool = Field(
+        False, description="keep what gradient_checkpointing keeps in pinned host memory (CUDA): for long rows"
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     optim: OptimizerName = Field(
@@ -359,6 +362,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         for key in ("eval_metric", "eval_steps"):
             if values.get(key) not in (None, Recipe.model_fields[key].default):
                 found.append(f"{key} is {values[key]!r} but eval_dataset is not set; name the file to measure on.")
+    if values.get("activation_offloading") is True and values.get("gradient_checkpointing", False) is False:
+        found.append("activation_offloading is true but gradient_checkpointing is not, which it depends on; set both.")
     if values.get("packing") and task != "causal-lm":
         found.append(f"packing is true but task is {task!r}; only causal-lm rows can be packed.")
     if values.get("group_by_length") and task == "preference":

@@ -42,6 +42,7 @@ from halfbyte.tensor import QuantizedTensor
 from halfbyte.train import ranks
 from halfbyte.train.memory import PeakMemory
 from halfbyte.train.new_tokens import Pieces, add_rows, show_bias, tokenizer_of, trained_rows
+from halfbyte.train.offload import check_offloading
 from halfbyte.train.optimizers import check_optimizer
 from halfbyte.train.pitfalls import Setting, find_pitfalls
 from halfbyte.train.progress import Metrics
@@ -165,6 +166,7 @@ def check_request(recipe: Recipe) -> Inputs:
     from halfbyte.models import check_model_folder, load_config
 
     check_optimizer(recipe)
+    check_offloading(recipe)
     check_tracker(recipe)
     if recipe.adapter_dtype != "float32" and ranks.count() > 1:
         raise RequestError(

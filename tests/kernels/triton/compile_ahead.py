@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from triton.backends import compiler as backends
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -26,6 +26,7 @@ from halfbyte.kernels import tuning
 from halfbyte.kernels.slots import make_options, random_keys
 from halfbyte.kernels.triton.adamw import TritonBatch
 from halfbyte.kernels.triton.ops import OPS
+from halfbyte.kernels.triton.weights import _VERSION
 from halfbyte.optim.states import allocate_plain, new_state, slot_of
 
 TYPES = {
@@ -48,28 +49,30 @@ def launches(capability: int) -> list[Launch]:
     line = LINES[divmod(capability, 10)]
     tuning.GPU_TUNING[8, 0] = line  # what tensors on the CPU take
     q = hb.quantize(torch.randn(SIZE, SIZE))
+    bfloat16 = capability >= 80 or _VERSION >= (3, 3)
+    half = torch.bfloat16 if bfloat16 else torch.float16
     for format in ("nf4", "int8"):
-        OPS["quantize"](torch.zeros(5000, dtype=torch.bfloat16), format, 64)
+        OPS["quantize"](torch.zeros(5000, dtype=half), format, 64)
     for weight in (
         q,
         hb.quantize(torch.randn(64, 64), "int8", 64, None),
         hb.quantize(torch.randn(64, 64), "nf4", 64, 6),
     ):
-        OPS["dequantize"](*weight.packed(), list(weight.shape), torch.bfloat16)
-        OPS["dequantize_rows"](*weight.packed(), weight.shape[1], torch.tensor([0]), torch.bfloat16)
-    a, b = torch.zeros(16, SIZE, dtype=torch.bfloat16), torch.zeros(SIZE, 16)
+        OPS["dequantize"](*weight.packed(), list(weight.shape), half)
+        OPS["dequantize_rows"](*weight.packed(), weight.shape[1], torch.tensor([0]), half)
+    a, b = torch.zeros(16, SIZE, dtype=half), torch.zeros(SIZE, 16)
     fused = [rows for rows in (1, 16, 64) if rows <= line.linear_rows]
     for rows in fused:
         x = torch.zeros(rows, SIZE, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
         OPS["linear_lora"](*q.packed(), SIZE, x, x[0, :SIZE].clone(), [a], [b], [0.5], [rows])
     OPS["linear"](*q.packed(), SIZE, torch.zeros(1, SIZE), None)
-    OPS["linear_grad_input"](*q.packed(), SIZE, torch.zeros(min(16, line.grad_rows), SIZE, dtype=torch.bfloat16))
+    OPS["linear_grad_input"](*q.packed(), SIZE, torch.zeros(min(16, line.grad_rows), SIZE, dtype=half))
     tuning.GPU_TUNING[8, 0] = dataclasses.replace(line, programs=64)
     if 16 in fused:
         long = hb.quantize(torch.randn(64, 2048))
         OPS["linear"](*long.packed(), 64, torch.zeros(16, 2048, dtype=torch.bfloat16), None)
-    for kind, dtype, master in (("float32", torch.bfloat16, False), ("8bit", torch.bfloat16, True)):
-        parameter = torch.zeros(300, dtype=dtype)
+    for kind, master in (("float32", False), ("8bit", bfloat16)):
+        parameter = torch.zeros(300, dtype=torch.bfloat16 if bfloat16 else torch.float32)
         slot = slot_of(parameter, new_state(parameter, kind, master=master, allocate=allocate_plain), 0)
         group = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
         keys = random_keys(1, np.full(1, 1), np.arange(1))
@@ -81,27 +84,40 @@ def compiled(launch: Launch, capability: int, shuffle: bool) -> Any:
     """The kernel of a launch, as triton's just-in-time compiler would specialize it."""
     kernel, args, options = launch
     bound = dict(zip(kernel.arg_names, args, strict=False)) | options
-    signature, constants, hints = {}, {}, {}
+    if "INTERPRETED" in bound:
+        bound["INTERPRETED"] = False  # as on a card
+    if "SHUFFLE" in bound:
+        bound["SHUFFLE"] = shuffle  # never on the CPU
+    types, constants, divisible = [], {}, []
     for at, parameter in enumerate(kernel.params):
         value = bound[parameter.name]
         if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[parameter.name], constants[at,] = "constexpr", value
+            constants[at] = value
+            types.append("constexpr" if parameter.is_constexpr else "i32")
         elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            hints[at,] = [["tt.divisibility", 16]]
+            types.append(TYPES[value.dtype])
+            divisible.append(at)
         elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+            types.append("fp32")
         else:
-            signature[parameter.name] = "i32"
-            if value % 16 == 0:
-                hints[at,] = [["tt.divisibility", 16]]
-    if "INTERPRETED" in bound:
-        constants[kernel.arg_names.index("INTERPRETED"),] = False  # as on a card
-    if "SHUFFLE" in bound:
-        constants[kernel.arg_names.index("SHUFFLE"),] = shuffle  # never on the CPU
-    source = ASTSource(kernel, signature, constants, hints)
+            types.append("i32")
+            divisible += [at] * (value % 16 == 0)
     chosen = {key: value for key, value in options.items() if key not in kernel.arg_names}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
+    source = described(kernel, types, constants, divisible)
+    return triton.compile(source, target=backends.GPUTarget("cuda", capability, 32), options=chosen)
+
+
+def described(kernel: Any, types: list[str], constants: dict[int, Any], divisible: list[int]) -> ASTSource:
+    """A kernel with types by position, constants among them, and what is a multiple of 16, as this triton wants it."""
+    names = kernel.arg_names
+    if hasattr(backends, "AttrsDescriptor"):  # up to 3.2
+        signature = {names[at]: type for at, type in enumerate(types) if type != "constexpr"}
+        ones = [at for at in constants if types[at] != "constexpr"]
+        hints = backends.AttrsDescriptor.from_hints(dict.fromkeys(divisible, 16) | dict.fromkeys(ones, 1))
+        return ASTSource(kernel, signature, {names[at]: value for at, value in constants.items()}, hints)
+    signature = {names[at]: "constexpr" if at in constants else type for at, type in enumerate(types)}
+    hints = {(at,): [["tt.divisibility", 16]] for at in divisible}
+    return ASTSource(kernel, signature, {(at,): value for at, value in constants.items()}, hints)
 
 
 def resources(binary: bytes) -> str:

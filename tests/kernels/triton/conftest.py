@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -20,6 +20,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _loops_of_an_old_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.2's takes an array of one number for a loop's end, which NumPy 2.4 no longer turns into a number."""
+    from triton.runtime import interpreter
+
+    if not INTERPRETED or not triton.__version__.startswith("3.2."):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: type) -> None:
+        patch(tensor)
+        monkeypatch.setattr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from halfbyte.formats.codebooks import MOMENT1_8BIT, MOMENT2_8BIT
 from halfbyte.kernels.reference.adamw import ReferenceBatch
 from halfbyte.kernels.slots import BLOCK_8BIT, Options, Slot
 from halfbyte.kernels.triton.quantize import held_up, nearest_rank
+from halfbyte.kernels.triton.weights import takes
 
 _POINTERS = 7  # param, grad, moment1, moment2, scale1, scale2, master
 _WIDTH = 12  # int64s a slot in the table: pointers, then count, first, which options, two keys
@@ -137,7 +138,8 @@ class TritonBatch:
         for slot, grad, number, key in zip(self.slots, grads, which, keys.tolist(), strict=True):
             if grad is None:
                 continue
-            if slot.kind == "4bit" or not slot.param.is_contiguous():
+            fits = slot.kind != "4bit" and slot.param.is_contiguous()
+            if not fits or not all(takes(tensor.dtype, tensor.device) for tensor in (slot.param, grad)):
                 ReferenceBatch([slot]).step([grad], options, [number], np.array([key], dtype=np.uint32))
                 continue
             grad = grad.contiguous()
@@ -164,7 +166,9 @@ def _launch(shared: tuple[Any, ...], members: list[Any], options: Sequence[Optio
     starts = np.arange(len(owners), dtype=np.int64) - np.repeat(blocks.cumsum() - blocks, blocks)
 
     def to_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
+        host = torch.from_numpy(array)
+        # From pageable memory the host would wait until the device has done all that it was told before.
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
     _step[(len(owners),)](
         to_device(rows),

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from halfbyte.errors import ShapeError
 from halfbyte.kernels import reference
-from halfbyte.kernels.triton.weights import FLOATS, Weight, code_at, packed_weight, scale_at, value_at
+from halfbyte.kernels.triton.weights import Weight, code_at, packed_weight, scale_at, takes, value_at
 from halfbyte.kernels.tuning import gpu_tuning
 
 _ROW_TILE = 1024
@@ -105,13 +105,13 @@ def dequantize(*args: Any) -> torch.Tensor:
     if min(shape, default=0) < 0:
         raise ShapeError(f"a weight cannot have the shape {list(shape)}")
     count = math.prod(shape)
-    if dtype not in FLOATS or not count:
+    if not takes(dtype, args[0].device) or not count:
         return reference.OPS["dequantize"](*args)
     return decode(packed_weight(args, count), count, dtype).view(shape)
 
 
 def decode(weight: Weight, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """The first `count` weights: `dtype` [count], one of `FLOATS`."""
+    """The first `count` weights: `dtype` [count], which kernels take."""
     device = weight.pointers[0].device
     out = torch.empty(count, dtype=dtype, device=device)
     tuning = gpu_tuning(device)
@@ -142,7 +142,8 @@ def dequantize_rows(*args: Any) -> torch.Tensor:
     """
     columns, rows, dtype = args[9:]
     codes, start = args[0], args[7]
-    if dtype not in FLOATS or not rows.numel() or columns < 1 or rows.dtype not in (torch.int64, torch.int32):
+    looked_up = takes(dtype, codes.device) and rows.dtype in (torch.int64, torch.int32)
+    if not looked_up or not rows.numel() or columns < 1:
         return reference.OPS["dequantize_rows"](*args)
     if rows.device != codes.device:
         raise ShapeError(f"rows on {rows.device} cannot be looked up in a weight on {codes.device}")

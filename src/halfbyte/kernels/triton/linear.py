@@ -21,7 +21,7 @@ from halfbyte.kernels.reference.linear import add_branches, check_adapters
 from halfbyte.kernels.triton import tiles, vector
 from halfbyte.kernels.triton.dequantize import decode
 from halfbyte.kernels.triton.products import Branch, Product
-from halfbyte.kernels.triton.weights import FLOATS, Weight, packed_weight
+from halfbyte.kernels.triton.weights import Weight, packed_weight, takes
 from halfbyte.kernels.tuning import gpu_tuning
 
 _LEAST_GROUP = 32  # weights of one scale that a thread decodes from 16 bytes
@@ -51,7 +51,7 @@ def linear_grad_input(*args: Any) -> torch.Tensor:
     """`halfbyte::linear_grad_input`: packed [N, K], grad [..., N] -> grad.dtype [..., K]."""
     k, grad = args[9:]
     n, dtype = grad.shape[-1], grad.dtype
-    if dtype not in FLOATS or not grad.numel() or not k:
+    if not takes(dtype, grad.device) or not grad.numel() or not k:
         return reference.OPS["linear_grad_input"](*args)
     weight = _weight_beside(args, n * k, grad)
     rows, tuning = grad.shape[:-1].numel(), gpu_tuning(grad.device)
@@ -72,7 +72,7 @@ def _forward(
 ) -> torch.Tensor:
     """y = x W^T + bias, and scaling * (x A^T) B^T of `adapter` (A, B, scaling)."""
     dtype, k = x.dtype, x.shape[-1]
-    if dtype not in FLOATS or not x.numel() or not n:
+    if not takes(dtype, x.device) or not x.numel() or not n:
         y = reference.OPS["linear"](*args[:9], n, x, bias)
         return y if adapter is None else _with_branch(y, x, *adapter)
     weight = _weight_beside(args, n * k, x)
@@ -89,6 +89,7 @@ def _forward(
     branch = None
     if adapter is not None:
         a, b, scaling = adapter
+        b = b if takes(b.dtype, x.device) else b.to(dtype)
         branch = Branch(x.view(rows, k) @ a.to(dtype).t(), b.contiguous(), scaling)
     out = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
     kernel = vector if by_vector else tiles

@@ -15,7 +15,7 @@ import triton.language as tl
 from halfbyte.errors import FormatError
 from halfbyte.formats import get_codebook
 from halfbyte.formats.packing import packed_size
-from halfbyte.kernels.triton.weights import FLOATS, check_block_size
+from halfbyte.kernels.triton.weights import check_block_size, takes
 
 _TILE = 1024  # weights of a program, or one block where that is larger
 
@@ -79,10 +79,10 @@ def quantize(w: torch.Tensor, format: str, block_size: int) -> tuple[torch.Tenso
     """`halfbyte::quantize`; see `formats.blockwise.quantize`."""
     book = get_codebook(format)
     check_block_size(block_size)
-    if w.dtype == torch.float64:
+    if not takes(w.dtype, w.device):
+        if w.dtype not in (torch.float64, torch.bfloat16):
+            raise FormatError(f"cannot quantize a tensor of {w.dtype}; choose float32, bfloat16, float16 or float64")
         w = w.float()
-    if w.dtype not in FLOATS:
-        raise FormatError(f"cannot quantize a tensor of {w.dtype}; choose float32, bfloat16, float16 or float64")
     flat = w.detach().reshape(-1).contiguous()
     count, device = flat.numel(), flat.device
     codes = torch.empty(packed_size(count, book.bits), dtype=torch.uint8, device=device)

@@ -10,6 +10,7 @@ Importing this module imports triton.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ from halfbyte.formats import BLOCK_SIZES, SCALE_BLOCK, get_codebook
 from halfbyte.formats.double_quant import scale_table
 from halfbyte.formats.packing import packed_size
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 _SECOND_LEVEL = tl.constexpr(SCALE_BLOCK)
 
 
@@ -44,6 +46,19 @@ class Weight(NamedTuple):
     bits: int
     block_size: int
     scale_bits: int
+
+
+def takes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether kernels read and write numbers of `dtype` there."""
+    return dtype in _FLOATS and (dtype != torch.bfloat16 or _compiles_bfloat16(device))
+
+
+@cache
+def _compiles_bfloat16(device: torch.device) -> bool:
+    """Triton 3.2 does not, for cards before compute capability 8.0; later ones write out what these lack."""
+    if device.type != "cuda" or torch.version.hip or _VERSION >= (3, 3):
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def packed_weight(args: tuple[Any, ...], count: int) -> Weight:
