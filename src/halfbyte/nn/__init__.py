@@ -1,6 +1,7 @@
 """Layers over quantized weights, and the choice of which parameters get quantized."""
 
 from halfbyte.nn.cross_entropy import linear_cross_entropy
+from halfbyte.nn.experts import Routing, combine, dispatch, grouped_linear, route
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraWeights, lora_linear, lora_linears
 from halfbyte.nn.replace import Plan, QuantizationReport, make_plan, output_layers, prepare, quantize_model, report
@@ -11,6 +12,10 @@ __all__ = [
     "LoraWeights",
     "Plan",
     "QuantizationReport",
+    "Routing",
+    "combine",
+    "dispatch",
+    "grouped_linear",
     "linear_cross_entropy",
     "lora_linear",
     "lora_linears",
@@ -21,5 +26,6 @@ __all__ = [
     "report",
     "rms_norm",
     "rotary",
+    "route",
     "swiglu",
 ]

@@ -21,7 +21,7 @@ from halfbyte.errors import RequestError
 FILE = Path(__file__).with_name("libhalfbyte_cpu.so")
 # Written by hatch_build.py when there is no library: why, and what would help.
 NOTE = Path(__file__).with_name("not_built.txt")
-_ABI = 4  # HB_ABI in csrc/halfbyte.h
+_ABI = 5  # HB_ABI in csrc/halfbyte.h
 
 ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16")  # numbered as in csrc/halfbyte.h
 _REINSTALL = "run `pip install --force-reinstall --no-deps halfbyte`, or `pip install -e .` in a checkout"
@@ -73,6 +73,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_linear": (_I, (_I, _W, _L, _L, _P, _L, _I, _P, _P)),
     "hb_linear_lora": (_I, (_I, _W, _L, _L, _P, _L, _I, _P, ctypes.POINTER(Lora), _L, _P)),
     "hb_linear_grad_input": (_I, (_I, _W, _L, _L, _P, _L, _I, _P)),
+    "hb_grouped_linear": (_I, (_I, _W, _L, _L, _L, _P, _P, _L, _I, _P)),
+    "hb_grouped_linear_grad_input": (_I, (_I, _W, _L, _L, _L, _P, _P, _L, _I, _P)),
     "hb_cross_entropy": (None, (_I, _P, _I, _L, _L, _P, _I, _P)),
     "hb_rms_norm": (None, (_I, _P, _P, _I, _L, _L, ctypes.c_float, _P, _P)),
     "hb_rms_norm_grad": (None, (_I, _P, _P, _P, _P, _I, _L, _L, _P)),
