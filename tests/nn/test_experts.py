@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import halfbyte as hb
 from halfbyte.errors import ShapeError
-from halfbyte.nn import combine, dispatch, grouped_linear, route
+from halfbyte.nn import GroupedLora, combine, dispatch, grouped_linear, grouped_lora, route
+from halfbyte.nn.experts import _by_grouped_mm, _dense
 
 EXPERTS, TOP_K = 5, 3
 
@@ -108,3 +109,35 @@ def test_autocast_decides_about_the_rows():
 def test_a_weight_that_does_not_fit_is_refused(shape):
     with pytest.raises(ShapeError, match=r"cannot multiply \(6, 64\) by 5 experts of \("):
         grouped_linear(torch.randn(6, 64), torch.randn(shape), route(choices(2), EXPERTS))
+
+
+@pytest.mark.parametrize("tokens", [1, 40], ids=["fewer rows than experts", "more"])
+def test_an_adapter_of_each_expert(tokens):
+    routing = route(choices(tokens), EXPERTS)
+    x = torch.randn(tokens * TOP_K, 12, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(EXPERTS, 2, 12, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(7, 2, EXPERTS, dtype=torch.float64, requires_grad=True)  # as peft keeps it
+    found = grouped_lora(x, GroupedLora(a, b.permute(2, 0, 1), 0.5), routing)
+    expected = torch.einsum("sk,srk,osr->so", x, a[routing.expert], b.permute(0, 2, 1)[:, routing.expert]) * 0.5
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(found)
+    grads = torch.autograd.grad(found, (x, a, b), upstream)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected, (x, a, b), upstream), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_torchs_own_grouped_product_is_asked_rightly():
+    """What a GPU runs for bfloat16; rows without an expert come back from torch as they were."""
+    index = choices(9)
+    index[3:5] = EXPERTS
+    routing = route(index, EXPERTS)
+    x = torch.randn(9 * TOP_K, 16).bfloat16()
+    for weight in (torch.randn(EXPERTS, 16, 8), torch.randn(8, 16, EXPERTS).permute(2, 1, 0)):
+        weight = weight.bfloat16().requires_grad_()
+        found, expected = _by_grouped_mm(x, weight, routing.ends), _dense(x, weight, routing.ends)
+        # Sums of 16 exact products in float32, rounded once: the order may move the result by one last place.
+        assert torch.allclose(found, expected, rtol=2.0**-7, atol=16 * 2.0**-23 * 16)
+        assert not found[-6:].any()
+        of_weight = torch.autograd.grad(found.square().sum(), weight)[0]
+        assert torch.allclose(of_weight, torch.autograd.grad(expected.square().sum(), weight)[0], rtol=0.05, atol=0.5)

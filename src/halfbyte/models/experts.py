@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from halfbyte.nn import Routing, combine, dispatch, grouped_linear, route
+from halfbyte.nn import Routing, combine, dispatch, grouped_linear, grouped_lora, route
 
 IMPLEMENTATION = "halfbyte"
+BRANCHES = "halfbyte_branches"  # a module's adapters for the call under way: parameter name -> list of GroupedLora
 
 
 def experts_forward(
@@ -51,6 +52,8 @@ def experts_forward(
 
 def _project(self: Any, name: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     y = grouped_linear(x, getattr(self, name), routing, transposed=self.is_transposed)
+    for adapter in getattr(self, BRANCHES, {}).get(name, ()):
+        y = y + grouped_lora(x.to(y.dtype), adapter, routing)
     if self.has_bias:
         bias = getattr(self, f"{name}_bias")
         y = y + bias[routing.expert.clamp(max=len(bias) - 1)].to(y.dtype)

@@ -113,10 +113,56 @@ def grouped_linear(
     return result
 
 
+class GroupedLora(NamedTuple):
+    """A LoRA adapter for each expert: row x of expert e gets scaling (x a[e]^T) b[e]^T beside its product.
+
+    Attributes:
+        a: [experts, rank, in], any floating dtype and strides, as b.
+        b: [experts, out, rank].
+        scaling: lora_alpha / rank, usually.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+def grouped_lora(x: torch.Tensor, adapter: GroupedLora, routing: Routing) -> torch.Tensor:
+    """What an adapter adds to a grouped product.
+
+    Args:
+        x: [pairs, in], in the order of `routing`. A and B are rounded to its dtype.
+        adapter: of as many experts as the routing.
+        routing: from `route`.
+
+    Returns:
+        [pairs, out], in x's dtype.
+    """
+    a, b, scaling = adapter
+    if len(x) < len(a):
+        # Of these rows' experts only: casting and transposing all of them takes longer than the products.
+        expert = routing.expert.clamp(max=len(a) - 1)
+        inner = torch.bmm(a[expert].to(x.dtype), x[:, :, None]) * scaling
+        return torch.bmm(b[expert].to(x.dtype), inner)[:, :, 0]
+    inner = _dense(x, a.to(x.dtype).transpose(1, 2), routing.ends) * scaling
+    return _dense(inner, b.to(x.dtype).transpose(1, 2), routing.ends)
+
+
 def _dense(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """x [rows, in] times weight [experts, in, out]: torch has this product for some types and devices only."""
+    """x [rows, in] times weight [experts, in, out]; on a GPU without waiting for it where torch can."""
+    whole_reads = all(size % 8 == 0 for size in weight.shape[1:])  # of 16 bytes
+    if x.is_cuda and x.dtype == torch.bfloat16 and whole_reads and hasattr(torch.nn.functional, "grouped_mm"):
+        return _by_grouped_mm(x, weight, ends)
     sizes = [end - begin for begin, end in pairwise([0, *ends.tolist(), x.shape[0]])]
     *groups, rest = x.split(sizes)
     # Unbound at once: the gradient of weight[e] would be a tensor of all experts for each of them.
     products = [rows @ matrix for rows, matrix in zip(groups, weight.unbind(), strict=True)]
     return torch.cat([*products, rest.new_zeros((rest.shape[0], weight.shape[2]))])
+
+
+def _by_grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    if 1 not in weight.stride()[1:]:
+        weight = weight.contiguous()
+    y = torch.nn.functional.grouped_mm(x, weight, offs=ends)
+    has_expert = torch.arange(len(x), device=x.device) < ends[-1]
+    return torch.where(has_expert[:, None], y, 0)  # torch leaves the other rows as they were
