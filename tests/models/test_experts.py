@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import halfbyte as hb
+from halfbyte.models import experts as experts_module
 from halfbyte.models.experts import IMPLEMENTATION
 
 from .conftest import IDS
@@ -159,3 +160,13 @@ def test_experts_are_not_decoded_whole(model_of, monkeypatch):
     model = model_of("Qwen3Moe")
     monkeypatch.setattr(hb.QuantizedTensor, "dequantize", None)
     assert model(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_pieces_give_the_bits_of_the_whole(model_of, monkeypatch, family):
+    model = model_of(family)
+    with torch.no_grad():
+        whole = model(IDS).logits
+        monkeypatch.setattr(experts_module, "_PIECE", 1)  # each expert is one
+        assert torch.equal(model(IDS).logits, whole)
+    assert torch.equal(model(IDS).logits, whole)  # where gradients are wanted it is whole

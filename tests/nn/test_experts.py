@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import halfbyte as hb
 from halfbyte.errors import ShapeError
-from halfbyte.nn import GroupedLora, combine, dispatch, grouped_linear, grouped_lora, route
+from halfbyte.nn import GroupedLora, combine, dispatch, grouped_linear, grouped_lora, pieces, route
 from halfbyte.nn.experts import _by_grouped_mm, _dense
 
 EXPERTS, TOP_K = 5, 3
@@ -36,6 +36,25 @@ def test_a_routing_is_a_sorted_permutation(tokens, experts):
         assert (routing.expert[first:last] == expert).all()
         assert (routing.order[first:last].diff() > 0).all()  # the order of the tokens is kept
         first = last
+
+
+@given(st.integers(0, 30), st.integers(1, 40), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_pieces_are_cut_between_experts(tokens, rows, elsewhere):
+    torch.manual_seed(0)
+    index = choices(tokens)
+    if elsewhere:
+        index[::2, 0] = EXPERTS
+    routing = route(index, EXPERTS)
+    made = list(pieces(routing, rows))
+    assert torch.equal(torch.cat([routing.order[:0], *(part.order for _, part in made)]), routing.order)
+    x, weight = torch.randn(tokens * TOP_K, 12), torch.randn(EXPERTS, 7, 12)
+    whole = grouped_linear(x, weight, routing)
+    for number, (where, part) in enumerate(made):
+        assert torch.equal(grouped_linear(x[where], weight, part), whole[where])
+        inside = routing.ends[(routing.ends > where.start) & (routing.ends < where.stop)]
+        assert len(part.order) >= rows or number == len(made) - 1  # large enough, but for the last
+        assert not len(inside) or int(inside.max()) - where.start < rows  # and no larger than it has to be
 
 
 def test_experts_that_live_elsewhere_come_last_and_give_nothing():

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from halfbyte.nn import Routing, combine, dispatch, grouped_linear, grouped_lora, route
+from halfbyte.nn import Routing, combine, dispatch, grouped_linear, grouped_lora, pieces, route
 
 IMPLEMENTATION = "halfbyte"
+_PIECE = 1 << 22  # bytes of hidden states that go through the experts together; see experts_forward
 BRANCHES = "halfbyte_branches"  # a module's adapters for the call under way: parameter name -> list of GroupedLora
 
 
@@ -35,6 +36,19 @@ def experts_forward(
     """
     routing = route(top_k_index, self.num_experts)
     share = top_k_weights.reshape(-1)[routing.order, None]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not hidden_states.is_cpu:
+        outer = _rows(self, hidden_states, share, routing)
+    else:
+        # What is thrown away at once comes from memory that is mapped already, and stays in a cache: 2048 tokens
+        # through OLMoE's layer take 457 ms of CPU time in pieces of 4 MiB, 448 of 1 MiB, 555 without.
+        outer = hidden_states.new_empty((len(routing.order), hidden_states.shape[1]))
+        for where, part in pieces(routing, _PIECE // (hidden_states.shape[1] * hidden_states.element_size())):
+            outer[where] = _rows(self, hidden_states, share[where], part)
+    return combine(outer, routing).to(hidden_states.dtype)
+
+
+def _rows(self: Any, hidden_states: torch.Tensor, share: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """The experts' results, [pairs, hidden], each times its share."""
     norm = self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None
     x = dispatch(hidden_states, routing)
     if getattr(self, "has_gate", True):
@@ -43,11 +57,9 @@ def experts_forward(
         inner = self.act_fn(_project(self, "up_proj", x, routing))
     if norm is None and not self.has_bias:
         # The share goes in where the row is narrow: the product is linear.
-        outer = _project(self, "down_proj", (inner * share).to(inner.dtype), routing)
-    else:
-        outer = _project(self, "down_proj", inner, routing)
-        outer = (outer if norm is None else norm(outer)) * share
-    return combine(outer, routing).to(hidden_states.dtype)
+        return _project(self, "down_proj", (inner * share).to(inner.dtype), routing)
+    outer = _project(self, "down_proj", inner, routing)
+    return (outer if norm is None else norm(outer)) * share
 
 
 def _project(self: Any, name: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Layers over quantized weights, and the choice of which parameters get quantized."""
 
 from halfbyte.nn.cross_entropy import linear_cross_entropy
-from halfbyte.nn.experts import GroupedLora, Routing, combine, dispatch, grouped_linear, grouped_lora, route
+from halfbyte.nn.experts import GroupedLora, Routing, combine, dispatch, grouped_linear, grouped_lora, pieces, route
 from halfbyte.nn.linear import Linear4bit
 from halfbyte.nn.lora import LoraWeights, lora_linear, lora_linears
 from halfbyte.nn.replace import Plan, QuantizationReport, make_plan, output_layers, prepare, quantize_model, report
@@ -23,6 +23,7 @@ __all__ = [
     "lora_linears",
     "make_plan",
     "output_layers",
+    "pieces",
     "prepare",
     "quantize_model",
     "report",

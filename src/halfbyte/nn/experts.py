@@ -7,6 +7,7 @@ weight. Nothing reads on the host what the router chose, so a GPU never waits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -46,6 +47,24 @@ def route(top_k_index: torch.Tensor, experts: int) -> Routing:
     place[order] = torch.arange(len(order), device=order.device)
     ends = torch.searchsorted(expert, each, right=True, out_int32=True)
     return Routing(expert, order, place.view(-1, top_k_index.shape[-1]), ends)
+
+
+def pieces(routing: Routing, rows: int) -> Iterator[tuple[slice, Routing]]:
+    """Cut the pairs between experts, so that a piece has `rows` of them, or one expert's. Waits for the device.
+
+    Returns:
+        Each piece's place among the pairs, and its routing; `place` stays that of all pairs.
+    """
+    cuts = [0]
+    for last in routing.ends.tolist():
+        if last - cuts[-1] >= max(rows, 1):
+            cuts.append(last)
+    if cuts[-1] < len(routing.order):
+        cuts.append(len(routing.order))
+    for first, last in pairwise(cuts):
+        where = slice(first, last)
+        ends = (routing.ends - first).clamp(0, last - first)
+        yield where, Routing(routing.expert[where], routing.order[where], routing.place, ends)
 
 
 def dispatch(x: torch.Tensor, routing: Routing) -> torch.Tensor:
