@@ -89,7 +89,7 @@ def main() -> None:
         return
     limits = {"bytes": copy_rate(), "flops": gemm_rate()}
     print(f"copy {limits['bytes'] / 1e12:.2f} TB/s, bf16 GEMM {limits['flops'] / 1e12:.0f} TFLOP/s\n")
-    lines = kernels(limits)
+    lines = [*kernels(limits), *experts(limits)]
     header = ("work", "halfbyte ms", "bitsandbytes", "dense ms", "x bnb", "x dense", "target", "share", "target")
     print(table(header, [row(line) for line in lines]), "\n")
     decoded = decode(limits)
@@ -141,6 +141,14 @@ def verify() -> None:
         ):
             error = float((found.double() - exact).norm() / exact.norm())
             assert error < 2**-8, f"the product of {rows} rows is off by {error:.2e}"
+    experts, ends = random_weight(8 * 128, 512, "cuda").view(8, 128, 512), [0, 1, 40, 40, 90, 300, 301, 301]
+    ends = torch.tensor(ends, device="cuda", dtype=torch.int32)
+    for op, features, given in (("grouped_linear", 128, 512), ("grouped_linear_grad_input", 512, 128)):
+        x = torch.randn(303, given, device="cuda").bfloat16()  # two rows that belong to no expert
+        found = getattr(torch.ops.halfbyte, op)(*experts.packed(), features, x, ends)
+        exact = reference.OPS[op](*experts.packed(), features, x.double(), ends)
+        error = float((found.double() - exact).norm() / exact.norm())
+        assert error < 2**-7, f"{op} is off by {error:.2e}"
 
 
 @contextmanager
@@ -233,6 +241,30 @@ def kernels(limits: dict[str, float]) -> list[Line]:
             lambda x=x, grad=grad: torch.nn.functional.linear(x, w).backward(grad),
         )
         lines.append(line(f"{rows} rows, forward + backward", *calls, 4 * rows * SIZE**2, limits["flops"]))
+    return lines
+
+
+def experts(limits: dict[str, float]) -> list[Line]:
+    """Qwen3-30B-A3B's gate and up: 128 experts of 1536 x 2048, of which each token goes to eight."""
+    from halfbyte.nn import grouped_linear, route
+
+    count, n, k, top_k = 128, 1536, 2048, 8
+    q = random_weight(count * n, k, "cuda").view(count, n, k)
+    dense = q.dequantize(torch.bfloat16)
+    torchs = getattr(torch.nn.functional, "grouped_mm", None)
+    lines = []
+    for tokens in (1, 8, 128, 2048):
+        routing = route(torch.rand(tokens, count, device="cuda").argsort(1)[:, :top_k], count)
+        x = torch.randn(tokens * top_k, k, device="cuda").bfloat16()
+        used = int((routing.ends.diff(prepend=routing.ends.new_zeros(1)) > 0).sum())
+        by_bytes, by_flops = used * q.nbytes / count / limits["bytes"], 2 * len(x) * n * k / limits["flops"]
+        calls = (
+            lambda x=x, routing=routing: grouped_linear(x, q, routing),
+            None,
+            torchs and (lambda x=x, routing=routing: torchs(x, dense.transpose(1, 2), offs=routing.ends)),
+        )
+        # The share of whichever limit is the nearer one.
+        lines.append(line(f"experts, {tokens} token{'s' * (tokens > 1)}", *calls, max(by_bytes, by_flops), 1.0))
     return lines
 
 

@@ -76,6 +76,14 @@ HB_API int hb_linear(int threads, const hb_weight *w, int64_t n, int64_t k, cons
 HB_API int hb_linear_grad_input(int threads, const hb_weight *w, int64_t n, int64_t k, const void *grad, int64_t rows,
                                  int dtype, void *out);
 
+// The same with a weight [experts, n, k], a matrix for each expert: rows [ends[e - 1], ends[e]) are multiplied with expert
+// e's. The results of an expert with more than `most` rows are left as they are, and so are those of rows from the last
+// end on.
+HB_API int hb_grouped_linear(int threads, const hb_weight *w, int64_t experts, int64_t n, int64_t k, const void *x,
+                             const int32_t *ends, int64_t most, int dtype, void *out);
+HB_API int hb_grouped_linear_grad_input(int threads, const hb_weight *w, int64_t experts, int64_t n, int64_t k,
+                                        const void *grad, const int32_t *ends, int64_t most, int dtype, void *out);
+
 // A LoRA adapter, for some of the rows of a product: out[first .. first + rows) += scaling (x A^T) B^T.
 typedef struct hb_lora {
     const void *a;  // [rank, k] of `dtype`

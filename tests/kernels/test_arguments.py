@@ -106,6 +106,7 @@ def calls(draw: st.DrawFn) -> Call:
         draw(st.sampled_from([None, 8, 6])),
     )
     weight = list(hb.quantize(w, *packed).packed())
+    experts = list(hb.quantize(w.view(3, 3, K), *packed).packed())
     x, grad = torch.randn(draw(st.sampled_from([1, 3, 40])), K, dtype=dtype), torch.randn(2, N, dtype=dtype)
     arguments: dict[str, list[Any]] = {
         "quantize": [w, *packed[:2]],
@@ -114,6 +115,8 @@ def calls(draw: st.DrawFn) -> Call:
         "dequantize_rows": [*weight, K, torch.tensor([0, N - 1, 3]), dtype],
         "linear": [*weight, N, x, draw(st.sampled_from([None, torch.randn(N, dtype=dtype)]))],
         "linear_grad_input": [*weight, K, grad],
+        "grouped_linear": [*experts, 3, x, torch.tensor([0, 1, len(x)], dtype=torch.int32)],
+        "grouped_linear_grad_input": [*experts, K, grad[:, :3], torch.tensor([1, 1, 2], dtype=torch.int32)],
     }
     op = draw(st.sampled_from(sorted(arguments)))
     args = arguments[op]
@@ -131,16 +134,17 @@ def as_the_reference(op: str, args: list[Any], found: Any) -> bool:
     pairs = list(zip(found, expected, strict=True)) if isinstance(found, tuple) else [(found, expected)]
     if any(a.dtype != b.dtype or a.shape != b.shape for a, b in pairs):
         return False
-    if not op.startswith("linear"):
+    if "linear" not in op:
         return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
     # Each errs by at most the bound of tests/kernels/test_cpu.py. This is twice that bound or more: of a weight's
     # rounding, the sum's and the result's, for sums of the largest weight times the largest factor, and a bias.
     x = args[10]
-    if not x.numel() or not found.numel() or x.dtype not in DTYPES[:3]:
+    matrices = args[11].numel() if op.startswith("grouped") else 1
+    if not x.numel() or not found.numel() or not matrices or x.dtype not in DTYPES[:3]:
         return True  # the reference itself has run
-    length, count = x.shape[-1], math.prod(found.shape[-1:]) * x.shape[-1]
+    length, count = x.shape[-1], matrices * math.prod(found.shape[-1:]) * x.shape[-1]
     largest = reference.OPS["dequantize"](*args[:9], [count], torch.float32).abs().max() * x.abs().max()
-    bias = args[11].abs().max() if len(args) > 11 and args[11] is not None else 0
+    bias = args[11].abs().max() if op == "linear" and args[11] is not None else 0
     eps = torch.finfo(x.dtype).eps
     allowed = 2 * ((2 * eps + length * 2.0**-23) * length * largest + eps * bias)
     return bool(((found - expected).abs() <= allowed).all())

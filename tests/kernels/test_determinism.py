@@ -54,6 +54,10 @@ def work(dtype: torch.dtype) -> list[torch.Tensor]:
         x, grad = torch.randn(rows, K, generator=generator), torch.randn(rows, N, generator=generator)
         results.append(OPS.linear(*q.packed(), N, x.to(dtype), bias))
         results.append(OPS.linear_grad_input(*q.packed(), K, grad.to(dtype)))
+    experts = hb.quantize(torch.randn(4, 70, K, generator=generator))
+    ends = torch.tensor([1, 1, 34, max(ROWS)], dtype=torch.int32)
+    results.append(OPS.grouped_linear(*experts.packed(), 70, x.to(dtype), ends))
+    results.append(OPS.grouped_linear_grad_input(*experts.packed(), K, grad[:, :70].to(dtype), ends))
     return results
 
 

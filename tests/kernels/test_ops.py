@@ -25,10 +25,15 @@ def packed(scale_bits: int | None = 8, format: str = "nf4", dtype: torch.dtype =
     return hb.quantize(torch.randn(ROWS, COLUMNS, dtype=dtype), format, 32, scale_bits).packed()
 
 
+def experts(scale_bits: int | None = 8):
+    return hb.quantize(torch.randn(3, ROWS, COLUMNS), "nf4", 32, scale_bits).packed()
+
+
 def sample_inputs() -> dict[str, list[tuple]]:
     x = torch.randn(2, 3, COLUMNS, requires_grad=True)
     bias = torch.randn(ROWS, requires_grad=True)
     index = torch.tensor([[0, 6], [3, 3]])
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
     return {
         "quantize": [(torch.randn(7, 3), "nf4", 32), (torch.randn(64).bfloat16(), "int8", 32)],
         "quantize_scales": [(torch.rand(300), bits) for bits in (8, 6, 4)],
@@ -40,6 +45,8 @@ def sample_inputs() -> dict[str, list[tuple]]:
             (*packed(None), ROWS, x.detach(), None, [], [], [], []),
         ],
         "linear_grad_input": [(*packed(), COLUMNS, torch.randn(5, ROWS, requires_grad=True))],
+        "grouped_linear": [(*experts(bits), ROWS, x.flatten(0, 1), ends) for bits in (8, None)],
+        "grouped_linear_grad_input": [(*experts(), COLUMNS, torch.randn(6, ROWS, requires_grad=True), ends)],
         "cross_entropy_": [(torch.randn(2, 5), torch.tensor([0, 4]), gradient) for gradient in (False, True)],
         "rms_norm": [(torch.randn(2, 3, 5), torch.randn(5), 1e-6)],
         "rms_norm_grad": [(torch.randn(2, 5), torch.randn(2, 5), torch.randn(5), torch.rand(2))],

@@ -42,7 +42,7 @@ def test_a_causal_model_loads_runs_and_round_trips(folder_of, ids, tmp_path, fam
     model = hb.load_model(folder_of(family), quantization=hb.HalfbyteConfig(**CONFIG))
     logits = model(ids).logits
     twin = decoded_twin(folder_of(family), model)
-    if family == "gpt2":  # addmm there, linear here: the bias is added at another moment
+    if family in ("gpt2", "mixtral"):  # the bias, and an expert's share, are put in at another moment
         assert torch.allclose(logits, twin(ids).logits, rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(logits, twin(ids).logits)

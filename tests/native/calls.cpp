@@ -2,7 +2,7 @@
 
 Call random_call(uint64_t seed) {
     Random random(seed);
-    switch (random.below(18)) {
+    switch (random.below(20)) {
         case 0: return quantize_scales(random);
         case 1: return dequantize_rows(random);
         case 2:
@@ -19,6 +19,8 @@ Call random_call(uint64_t seed) {
         case 13: return cross_entropy(random);
         case 14: return linear_lora(random);
         case 15: return decode(random);
+        case 16: return grouped_linear(random, false);
+        case 17: return grouped_linear(random, true);
         default: return quantize(random);
     }
 }

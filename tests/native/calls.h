@@ -35,6 +35,7 @@ Call dequantize(Random &random);
 Call dequantize_rows(Random &random);
 Call product(Random &random, bool backward);  // linear, or linear_grad_input where `backward`
 Call linear_lora(Random &random);
+Call grouped_linear(Random &random, bool backward);
 
 // Of a training step (training_calls.cpp).
 Call adamw(Random &random);

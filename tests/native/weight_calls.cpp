@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "calls.h"
 
@@ -16,20 +17,20 @@ Weight decoded_weight(Random &random, int64_t count) {
 // the dtype, a float32 sum of `length` terms errs by at most `length` float32 eps of the sum of magnitudes, and the
 // result is rounded once; below the normal range a rounding errs by half the spacing of subnormals instead.
 // Factor i of the sum lies at x[m][i] and at weights[first(j) + i * step].
-void expect(Call &call, const Type &type, const Guarded &x, const Guarded *bias, int64_t rows, int64_t length,
-            int64_t outputs, const std::vector<float> &weights, int64_t first_step, int64_t step) {
+void expect(Call &call, const Type &type, const void *x, const Guarded *bias, int64_t rows, int64_t length,
+            int64_t outputs, const float *weights, int64_t first_step, int64_t step) {
     const double half = type.eps / 2, floor = std::max(type.smallest_normal * half, 0x1p-126);
     std::vector<double> factors(static_cast<size_t>(length));
     for (int64_t m = 0; m < rows; ++m) {
         double total = 0;
         for (int64_t i = 0; i < length; ++i) {
-            total += std::fabs(factors[size_t(i)] = to_double(x.data(), type.element, m * length + i));
+            total += std::fabs(factors[size_t(i)] = to_double(x, type.element, m * length + i));
         }
         for (int64_t j = 0; j < outputs; ++j) {
             double exact = bias ? to_double(bias->data(), type.element, j) : 0, magnitude = 0;
             const double of_bias = type.eps * std::fabs(exact);
             for (int64_t i = 0; i < length; ++i) {
-                const double product = factors[size_t(i)] * double(weights[size_t(j * first_step + i * step)]);
+                const double product = factors[size_t(i)] * double(weights[j * first_step + i * step]);
                 exact += product, magnitude += std::fabs(product);
             }
             call.exact.push_back(exact);
@@ -173,7 +174,7 @@ Call product(Random &random, bool backward) {
     std::vector<float> weights(size_t(n * k));
     hb_set_isa(HB_GENERIC);
     hb_dequantize(1, &w.fields, k, 0, n, 0, k, HB_FLOAT32, weights.data());
-    expect(call, type, *x, bias.get(), rows, length, outputs, weights, backward ? 1 : k, backward ? k : 1);
+    expect(call, type, x->data(), bias.get(), rows, length, outputs, weights.data(), backward ? 1 : k, backward ? k : 1);
     call.run = [=](int threads, void *const *out) {
         return backward ? hb_linear_grad_input(threads, &w.fields, n, k, x->data(), rows, type.number, out[0])
                         : hb_linear(threads, &w.fields, n, k, x->data(), rows, type.number,
@@ -197,13 +198,67 @@ Call linear_lora(Random &random) {
     std::vector<float> weights(size_t(n * k));
     hb_set_isa(HB_GENERIC);
     hb_dequantize(1, &w.fields, k, 0, n, 0, k, HB_FLOAT32, weights.data());
-    expect(call, type, *x, bias.get(), rows, k, n, weights, k, 1);
+    expect(call, type, x->data(), bias.get(), rows, k, n, weights.data(), k, 1);
     std::vector<Buffer> keep;
     const std::vector<hb_lora> made = adapters(random, call, keep, type, *x, n, k, rows);
     call.run = [=](int threads, void *const *out) {
         (void)keep;
         return hb_linear_lora(threads, &w.fields, n, k, x->data(), rows, type.number, bias ? bias->data() : nullptr,
                               made.data(), int64_t(made.size()), out[0]);
+    };
+    return call;
+}
+
+Call grouped_linear(Random &random, bool backward) {
+    const int64_t block = block_size(random), unit = std::max<int64_t>(64, block);
+    const int64_t k = unit * random.size(block > 256 ? 0 : 2), n = random.between(1, 70);
+    const int64_t experts = random.between(1, 6), most = random.one_in(4) ? 3 : int64_t(1) << 62;
+    const int64_t length = backward ? n : k, outputs = backward ? k : n;
+    const Type &type = kTypes[random.below(3)];
+    const Buffer ends = buffer(random, 4 * experts);
+    int64_t rows = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+        rows += random.one_in(3) ? 0 : random.size(random.one_in(6) ? 6 : 3);
+        ends->data<int32_t>()[e] = int32_t(rows);
+    }
+    rows += random.one_in(2) ? 1 : random.below(3);
+    if (rows == 0) rows = 1;
+    const Weight w = weight(random, random.below(kInt8), block, 0, experts * n * k, true);
+    const Buffer x = floats(random, type, rows * length, Values::kSmooth, 1);
+    Call call;
+    call.text = described("grouped_linear: backward %d, experts %d, n %d, k %d, rows %d, most %d, ", backward, experts, n,
+                          k, rows, std::min<int64_t>(most, 1000)) +
+                type.name + ", " + w.text;
+    call.outputs = {{rows * outputs * type.size, type.element}};
+    std::vector<float> weights(size_t(experts * n * k));
+    hb_set_isa(HB_GENERIC);
+    hb_dequantize(1, &w.fields, k, 0, experts * n, 0, k, HB_FLOAT32, weights.data());
+    std::vector<char> computed;  // of each row
+    for (int64_t e = 0; e < experts; ++e) {
+        const int64_t first = int64_t(computed.size()), some = ends->data<int32_t>()[e] - first;
+        computed.resize(size_t(first + some), char(some <= most));
+        if (some <= most) {
+            expect(call, type, x->data<char>() + first * length * type.size, nullptr, some, length, outputs,
+                   weights.data() + e * n * k, backward ? 1 : k, backward ? k : 1);
+        } else {
+            call.exact.resize(size_t((first + some) * outputs)), call.allowed.resize(call.exact.size());
+        }
+    }
+    computed.resize(size_t(rows));
+    call.exact.resize(size_t(rows * outputs)), call.allowed.resize(call.exact.size());
+    call.run = [=](int threads, void *const *out) {
+        const auto op = backward ? hb_grouped_linear_grad_input : hb_grouped_linear;
+        const int failed = op(threads, &w.fields, experts, n, k, x->data(), ends->data<int32_t>(), most, type.number, out[0]);
+        const int64_t bytes = outputs * type.size;
+        for (int64_t row = 0; row < rows; ++row) {
+            uint8_t *const result = static_cast<uint8_t *>(out[0]) + row * bytes;
+            if (computed[size_t(row)]) continue;
+            for (int64_t i = 0; i < bytes; ++i) {
+                if (result[i] != 0xff) return 1;  // what it has to leave alone
+            }
+            std::memset(result, 0, size_t(bytes));
+        }
+        return failed;
     };
     return call;
 }

@@ -87,7 +87,16 @@ def _triton_op(name: str, *args: Any) -> Any:
 
 
 # Those of kernels/triton/ops.py, which is not imported before one of them runs.
-_TRITON_OPS = ("quantize", "dequantize", "dequantize_rows", "linear", "linear_lora", "linear_grad_input")
+_TRITON_OPS = (
+    "quantize",
+    "dequantize",
+    "dequantize_rows",
+    "linear",
+    "linear_lora",
+    "linear_grad_input",
+    "grouped_linear",
+    "grouped_linear_grad_input",
+)
 
 REFERENCE = Backend(
     "reference",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from halfbyte.errors import ShapeError
 from halfbyte.formats import SCALE_BLOCK, get_codebook
 from halfbyte.formats.packing import packed_size
 
@@ -46,6 +47,27 @@ class PackedWeight(NamedTuple):
     start: int
     scale_start: int
 
+    def span(self, first: int, count: int) -> PackedWeight:
+        """Elements [first, first + count) of the flattened tensor, as views of the same bytes."""
+        bits = get_codebook(self.format).bits
+        block, start = divmod(self.start + first, self.block_size)
+        blocks = -(-(start + count) // self.block_size)
+        code_at = block * self.block_size * bits // 8
+        codes = self.codes[code_at : code_at + packed_size(start + count, bits)]
+        if not self.scale_bits:
+            return self._replace(codes=codes, scales=self.scales[block : block + blocks], start=start)
+        assert self.scale_absmax is not None
+        second, scale_start = divmod(self.scale_start + block, SCALE_BLOCK)
+        seconds = -(-(scale_start + blocks) // SCALE_BLOCK)
+        scale_at = packed_size(second * SCALE_BLOCK, self.scale_bits)
+        return self._replace(
+            codes=codes,
+            scales=self.scales[scale_at : scale_at + packed_size(scale_start + blocks, self.scale_bits)],
+            scale_absmax=self.scale_absmax[second : second + seconds],
+            start=start,
+            scale_start=scale_start,
+        )
+
 
 _PACKED = (
     "Tensor codes, Tensor scales, Tensor? scale_absmax, Tensor? scale_offset, "
@@ -63,6 +85,8 @@ SCHEMAS = {
         "Tensor[] a, Tensor[] b, float[] scaling, SymInt[] rows) -> Tensor"
     ),
     "linear_grad_input": f"({_PACKED}, SymInt in_features, Tensor grad) -> Tensor",
+    "grouped_linear": f"({_PACKED}, SymInt out_features, Tensor x, Tensor ends) -> Tensor",
+    "grouped_linear_grad_input": f"({_PACKED}, SymInt in_features, Tensor grad, Tensor ends) -> Tensor",
     "cross_entropy_": "(Tensor(a!) logits, Tensor labels, bool gradient) -> Tensor",
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
     "rms_norm_grad": "(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> Tensor",
@@ -80,6 +104,35 @@ def split_packed(args: tuple[Any, ...]) -> tuple[PackedWeight, tuple[Any, ...]]:
     """An op's arguments as its packed weight and the rest."""
     fields = len(PackedWeight._fields)
     return PackedWeight(*args[:fields]), args[fields:]
+
+
+def check_grouped(x: torch.Tensor, ends: torch.Tensor) -> None:
+    """Refuse rows or ends that a grouped product cannot take; what the ends say is not looked at here.
+
+    Raises:
+        ShapeError: x is no matrix, or `ends` no int32 vector beside it.
+    """
+    if x.dim() != 2:
+        raise ShapeError(f"a grouped product takes rows [rows, features], not {tuple(x.shape)}")
+    if ends.dim() != 1 or ends.dtype != torch.int32 or ends.device != x.device:
+        raise ShapeError(
+            f"the groups' ends are {ends.dtype} {tuple(ends.shape)} on {ends.device}; "
+            f"a grouped product takes int32 [experts] on {x.device}"
+        )
+
+
+def group_bounds(x: torch.Tensor, ends: torch.Tensor) -> list[tuple[int, int]]:
+    """Each expert's rows of x, [first, last). Reads `ends`, so it waits for the device.
+
+    Raises:
+        ShapeError: see `check_grouped`; or the ends are not ascending, or pass the last row.
+    """
+    check_grouped(x, ends)
+    last = [int(end) for end in ends.tolist()]
+    bounds = list(zip([0, *last], last, strict=False))
+    if any(end < begin for begin, end in bounds) or (last and last[-1] > x.shape[0]):
+        raise ShapeError(f"the groups of {x.shape[0]} rows cannot end at {last}")
+    return bounds
 
 
 @torch.library.register_fake(f"{NAMESPACE}::quantize", lib=LIBRARY)
@@ -122,6 +175,13 @@ def _linear_lora(*args: Any) -> torch.Tensor:
 def _linear_grad_input(*args: Any) -> torch.Tensor:
     _, (in_features, grad) = split_packed(args)
     return torch.empty((*grad.shape[:-1], in_features), dtype=grad.dtype, device=grad.device)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::grouped_linear", lib=LIBRARY)
+@torch.library.register_fake(f"{NAMESPACE}::grouped_linear_grad_input", lib=LIBRARY)
+def _grouped_linear(*args: Any) -> torch.Tensor:
+    _, (features, x, _ends) = split_packed(args)
+    return torch.empty((x.shape[0], features), dtype=x.dtype, device=x.device)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::cross_entropy_", lib=LIBRARY)

@@ -86,6 +86,7 @@ class GpuTuning:
         programs: that each multiprocessor should have; where there are fewer outputs than that, sums are split.
         decode_tile: weights that a program decodes.
         shuffle: products look values up in the registers of their warp (NVIDIA only), not in a cache line.
+        bfloat16: its tensor cores take it.
     """
 
     vector_rows: int
@@ -98,6 +99,7 @@ class GpuTuning:
     programs: int
     decode_tile: int
     shuffle: bool = False
+    bfloat16: bool = True
 
 
 # By compute capability; another one takes the last line that is not above it. No line was measured: no card could be
@@ -106,7 +108,7 @@ class GpuTuning:
 # `shuffle` takes fewer instructions and has run nowhere yet, so it waits for a card.
 _FEW, _MANY = Tile(16, 32, 128, 4, 3), Tile(64, 64, 64, 4, 3)
 GPU_TUNING: dict[tuple[int, int], GpuTuning] = {
-    (7, 5): GpuTuning(4, 4, 0, 4, 1024, _FEW, _MANY, 4, 4096),
+    (7, 5): GpuTuning(4, 4, 0, 4, 1024, _FEW, _MANY, 4, 4096, bfloat16=False),
     (8, 0): GpuTuning(1, 128, 32, 4, 1024, _FEW, _MANY, 4, 4096),
     (9, 0): GpuTuning(1, 128, 32, 4, 1024, _FEW, _MANY, 4, 4096),
 }

@@ -3,7 +3,8 @@
 peft turns a layer into an adapted one by asking a list of dispatchers in turn; the last one knows `nn.Linear`, and so
 would handle `Linear4bit` too. It would get one thing wrong: merging. peft's own layer adds the delta to `weight.data`
 in place, which packed storage refuses. The dispatcher here is asked just before and makes `LoraLinear4bit`, which
-merges into a dense weight: adding a small delta and quantizing the sum again can erase it (mlx-lm#1564).
+merges into a dense weight: adding a small delta and quantizing the sum again can erase it (mlx-lm#1564). Packed
+parameters of experts (`target_parameters`) get a wrapper of halfbyte's likewise (`lora_experts.py`).
 
 Variants without a layer of their own (DoRA, rsLoRA, ...) run in peft's own code, which sees the decoded weight.
 Initialisations that take the adapter's start out of the base weight (PiSSA, OLoRA, ...) run on a decoded copy,
@@ -22,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from halfbyte.nn import Linear4bit
+from halfbyte.tensor import QuantizedTensor
 
 _PEFT_MODULE = "peft.tuners.lora.model"
 
@@ -59,10 +61,15 @@ def _add_dispatcher(lora_model: Any) -> None:
     if getattr(lora_model.dispatch_default, "asks_halfbyte", False):
         return
     next_dispatcher = lora_model.dispatch_default
+    from halfbyte.models import lora_experts
     from halfbyte.models.lora_layer import LoraLinear4bit
 
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
-        base = getattr(target, "base_layer", target)
+        base = target.get_base_layer() if isinstance(target, lora_model.BaseTunerLayer) else target
+        parameter = getattr(base, kwargs.get("parameter_name") or "", None)
+        if isinstance(parameter, QuantizedTensor) and parameter.dim() == 3:
+            experts: nn.Module = lora_experts.ParamWrapper(target, adapter_name, config=config, **kwargs)
+            return experts
         if isinstance(base, Linear4bit) and kwargs.get("parameter_name") is None:
             config.fan_in_fan_out = False
             layer: nn.Module = LoraLinear4bit(target, adapter_name, config=config, **kwargs)

@@ -24,6 +24,7 @@ from halfbyte.errors import CheckpointError, FormatError, HalfbyteError
 from halfbyte.formats import QuantSpec
 from halfbyte.models.checkpoint import is_finite
 from halfbyte.models.config import HalfbyteConfig
+from halfbyte.models.experts import choose_implementation
 from halfbyte.models.peft_dispatch import register_dispatcher
 from halfbyte.nn import output_layers, prepare, report
 from halfbyte.nn.replace import EMBEDDING, EXPERTS, Plan, as_stored, make_plan, quantize_parameter
@@ -234,9 +235,8 @@ class HalfbyteQuantizer(HfQuantizer):
         config = self.quantization_config
         config.model_dtype = model.dtype
         config.bitsandbytes_readable = config.spec.interchange and not kinds & {EXPERTS, EMBEDDING}
-        if EXPERTS in kinds and hasattr(model, "set_experts_implementation"):
-            # transformers' grouped kernels take all experts as one dense tensor; its eager loop takes one at a time.
-            model.set_experts_implementation("eager")
+        if EXPERTS in kinds:
+            choose_implementation(model)
         anew = [name for name in self.plan.chosen if not isinstance(model.get_parameter(name), QuantizedTensor)]
         model.halfbyte_report = report(model, self.plan.skipped | dict.fromkeys(anew, "made anew"))
         register_dispatcher()

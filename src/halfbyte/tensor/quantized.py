@@ -29,8 +29,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
 from halfbyte.errors import FormatError, ShapeError
-from halfbyte.formats import SCALE_BLOCK, QuantSpec
-from halfbyte.formats.packing import packed_size
+from halfbyte.formats import QuantSpec
 from halfbyte.kernels import PackedWeight
 
 aten = torch.ops.aten
@@ -167,25 +166,9 @@ class QuantizedTensor(torch.Tensor):
 
     def _span(self, first: int, shape: tuple[int, ...]) -> QuantizedTensor:
         """Elements from `first` of the flattened tensor on, in `shape`."""
-        spec, book = self.spec, self.spec.codebook
-        block, start = divmod(self.start + first, spec.block_size)
-        blocks = -(-(start + math.prod(shape)) // spec.block_size)
-        code_at = block * spec.block_size * book.bits // 8
-        codes = self.codes[code_at : code_at + packed_size(start + math.prod(shape), book.bits)]
-        if spec.scale_bits is None:
-            inner = {"codes": codes, "scales": self.scales[block : block + blocks]}
-            return type(self)(inner, spec, shape, self.dtype, start)
-        assert self.scale_absmax is not None
-        second, scale_start = divmod(self.scale_start + block, SCALE_BLOCK)
-        seconds = -(-(scale_start + blocks) // SCALE_BLOCK)
-        scale_at = packed_size(second * SCALE_BLOCK, spec.scale_bits)
-        inner = {
-            "codes": codes,
-            "scales": self.scales[scale_at : scale_at + packed_size(scale_start + blocks, spec.scale_bits)],
-            "scale_absmax": self.scale_absmax[second : second + seconds],
-            "scale_offset": self.scale_offset,  # type: ignore[dict-item]
-        }
-        return type(self)(inner, spec, shape, self.dtype, start, scale_start)
+        part = self.packed().span(first, math.prod(shape))
+        inner = dict(zip(_INNER, part[: len(_INNER)], strict=True))
+        return type(self)(inner, self.spec, shape, self.dtype, part.start, part.scale_start)
 
     @classmethod
     def __torch_function__(

@@ -67,6 +67,10 @@ def launches(capability: int) -> list[Launch]:
         OPS["linear_lora"](*q.packed(), SIZE, x, x[0, :SIZE].clone(), [a], [b], [0.5], [rows])
     OPS["linear"](*q.packed(), SIZE, torch.zeros(1, SIZE), None)
     OPS["linear_grad_input"](*q.packed(), SIZE, torch.zeros(min(16, line.grad_rows), SIZE, dtype=half))
+    experts, ends = hb.quantize(torch.randn(4, SIZE, SIZE)), torch.tensor([0, 9, 9, 60], dtype=torch.int32)
+    for dtype, rows in ((half, 64), (torch.float16, 8), (torch.float32, 64)):
+        OPS["grouped_linear"](*experts.packed(), SIZE, torch.zeros(rows, SIZE, dtype=dtype), ends)
+        OPS["grouped_linear_grad_input"](*experts.packed(), SIZE, torch.zeros(rows, SIZE, dtype=dtype), ends)
     tuning.GPU_TUNING[8, 0] = dataclasses.replace(line, programs=64)
     if 16 in fused:
         long = hb.quantize(torch.randn(64, 2048))

@@ -70,6 +70,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hb_linear": (_I, (_I, _W, _L, _L, _P, _L, _I, _P, _P)),
     "hb_linear_lora": (_I, (_I, _W, _L, _L, _P, _L, _I, _P, ctypes.POINTER(Lora), _L, _P)),
     "hb_linear_grad_input": (_I, (_I, _W, _L, _L, _P, _L, _I, _P)),
+    "hb_grouped_linear": (_I, (_I, _W, _L, _L, _L, _P, _P, _L, _I, _P)),
+    "hb_grouped_linear_grad_input": (_I, (_I, _W, _L, _L, _L, _P, _P, _L, _I, _P)),
     "hb_cross_entropy": (None, (_I, _P, _I, _L, _L, _P, _I, _P)),
     "hb_rms_norm": (None, (_I, _P, _P, _I, _L, _L, ctypes.c_float, _P, _P)),
     "hb_rms_norm_grad": (None, (_I, _P, _P, _P, _P, _I, _L, _L, _P)),

@@ -28,7 +28,7 @@ from halfbyte.kernels import reference
 from halfbyte.kernels.cpu.library import FEW_ROWS, Lora, Native, Weight
 from halfbyte.kernels.cpu.rowwise import RowwiseOps
 from halfbyte.kernels.reference.linear import add_branches, check_adapters
-from halfbyte.kernels.schema import PackedWeight
+from halfbyte.kernels.schema import PackedWeight, group_bounds
 from halfbyte.kernels.tuning import TUNING
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum hb_dtype
@@ -46,6 +46,8 @@ class Ops(RowwiseOps):
         self._dequantize, self._dequantize_rows = functions["hb_dequantize"], functions["hb_dequantize_rows"]
         self._linear, self._grad_input = functions["hb_linear"], functions["hb_linear_grad_input"]
         self._linear_lora = functions["hb_linear_lora"]
+        self._grouped_linear = functions["hb_grouped_linear"]
+        self._grouped_grad_input = functions["hb_grouped_linear_grad_input"]
         self._panels = threading.local()
 
     def table(self) -> dict[str, Callable[..., Any]]:
@@ -217,6 +219,46 @@ class Ops(RowwiseOps):
         failed = self._grad_input(torch.get_num_threads(), weight, n, k, grad.data_ptr(), rows, number, out.data_ptr())
         del keep
         return _checked(out, failed)
+
+    def grouped_linear(self, *args: Any) -> torch.Tensor:
+        """`halfbyte::grouped_linear`: packed [experts, out, K], x [rows, K], ends int32 [experts] -> [rows, out]."""
+        tuning = TUNING[self.native.isa]
+        return self._grouped("grouped_linear", args, (tuning.linear_rows_float, tuning.linear_rows))
+
+    def grouped_linear_grad_input(self, *args: Any) -> torch.Tensor:
+        """`halfbyte::grouped_linear_grad_input`: packed [experts, N, K], grad [rows, N], ends -> [rows, K]."""
+        tuning = TUNING[self.native.isa]
+        return self._grouped("grouped_linear_grad_input", args, (tuning.grad_rows_float, tuning.grad_rows))
+
+    def _grouped(self, op: str, args: tuple[Any, ...], limits: tuple[int, int]) -> torch.Tensor:
+        """One call for all experts of as many rows as the library's kernels take, and one for each other.
+
+        `limits`: how many that are, of other types and of bfloat16.
+        """
+        forward = op == "grouped_linear"
+        features, x, ends = args[9:]
+        bounds = group_bounds(x, ends)
+        number = _DTYPES.get(x.dtype)
+        if number is None or not x.numel() or not features or not bounds:
+            return reference.OPS[op](*args)
+        _check_on_cpu(x)
+        n, k = (features, x.shape[1]) if forward else (x.shape[1], features)
+        weight, keep = packed_weight(args, len(bounds) * n * k)
+        x, ends = _ready(x), _ready(ends)
+        out = torch.empty((x.shape[0], features), dtype=x.dtype)
+        most = 0 if k % _GROUP or not _whole_rows(args, k) else limits[number == 1]
+        if most:
+            call = self._grouped_linear if forward else self._grouped_grad_input
+            threads, at_x, at_ends = torch.get_num_threads(), x.data_ptr(), ends.data_ptr()
+            _checked(out, call(threads, weight, len(bounds), n, k, at_x, at_ends, most, number, out.data_ptr()))
+        del keep
+        for expert, (first, last) in enumerate(bounds):
+            if last - first > most:
+                of_expert = PackedWeight(*args[:9]).span(expert * n * k, n * k)
+                rows = (n, x[first:last], None) if forward else (k, x[first:last])
+                out[first:last] = (self.linear if forward else self.linear_grad_input)(*of_expert, *rows)
+        out[bounds[-1][1] :] = 0
+        return out
 
     def _linear_by_panels(self, weight: Weight, n: int, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Rows of W decoded into a buffer that stays in the cache, multiplied by torch's GEMM, panel by panel."""

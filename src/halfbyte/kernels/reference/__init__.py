@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from halfbyte.kernels.reference.dequantize import dequantize, dequantize_rows
+from halfbyte.kernels.reference.grouped import grouped_linear, grouped_linear_grad_input
 from halfbyte.kernels.reference.linear import linear, linear_grad_input, linear_lora
 from halfbyte.kernels.reference.quantize import quantize, quantize_scales
 from halfbyte.kernels.reference.rowwise import cross_entropy_, rms_norm, rms_norm_grad, rotary, swiglu, swiglu_grad
@@ -16,6 +17,8 @@ OPS: dict[str, Callable[..., Any]] = {
     "linear": linear,
     "linear_lora": linear_lora,
     "linear_grad_input": linear_grad_input,
+    "grouped_linear": grouped_linear,
+    "grouped_linear_grad_input": grouped_linear_grad_input,
     "cross_entropy_": cross_entropy_,
     "rms_norm": rms_norm,
     "rms_norm_grad": rms_norm_grad,

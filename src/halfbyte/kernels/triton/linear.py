@@ -10,7 +10,6 @@ Weights whose rows share blocks within 32 columns, codes of 8 bits and some rows
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,10 +20,9 @@ from halfbyte.kernels.reference.linear import add_branches, check_adapters
 from halfbyte.kernels.triton import tiles, vector
 from halfbyte.kernels.triton.dequantize import decode
 from halfbyte.kernels.triton.products import Branch, Product
-from halfbyte.kernels.triton.weights import Weight, packed_weight, takes
+from halfbyte.kernels.triton.weights import shared_scales, takes, weight_beside
 from halfbyte.kernels.tuning import gpu_tuning
 
-_LEAST_GROUP = 32  # weights of one scale that a thread decodes from 16 bytes
 _MOST_RANK = 128  # of an adapter whose branch is added in registers
 
 
@@ -53,9 +51,9 @@ def linear_grad_input(*args: Any) -> torch.Tensor:
     n, dtype = grad.shape[-1], grad.dtype
     if not takes(dtype, grad.device) or not grad.numel() or not k:
         return reference.OPS["linear_grad_input"](*args)
-    weight = _weight_beside(args, n * k, grad)
+    weight = weight_beside(args, n * k, grad)
     rows, tuning = grad.shape[:-1].numel(), gpu_tuning(grad.device)
-    group = _group(weight, k)
+    group = shared_scales(weight, k)
     if not group or rows > tuning.grad_rows or dtype == torch.float32:
         return grad @ decode(weight, n * k, dtype).view(n, k)
     out = torch.empty((*grad.shape[:-1], k), dtype=dtype, device=grad.device)
@@ -75,11 +73,11 @@ def _forward(
     if not takes(dtype, x.device) or not x.numel() or not n:
         y = reference.OPS["linear"](*args[:9], n, x, bias)
         return y if adapter is None else _with_branch(y, x, *adapter)
-    weight = _weight_beside(args, n * k, x)
+    weight = weight_beside(args, n * k, x)
     if bias is not None and (bias.dtype != dtype or bias.shape != (n,) or bias.device != x.device):
         raise ShapeError(f"the bias is {bias.dtype} {tuple(bias.shape)}, the product needs {dtype} ({n},)")
     rows, tuning = x.shape[:-1].numel(), gpu_tuning(x.device)
-    group = _group(weight, k)
+    group = shared_scales(weight, k)
     by_vector = rows <= tuning.vector_rows
     if not group or not (by_vector or (rows <= tuning.linear_rows and dtype != torch.float32)):
         y = torch.nn.functional.linear(x, decode(weight, n * k, dtype).view(n, k), bias)
@@ -99,16 +97,3 @@ def _forward(
 
 def _with_branch(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     return add_branches(y, x, [a], [b], [scaling], [x.shape[:-1].numel()])
-
-
-def _weight_beside(args: tuple[Any, ...], count: int, x: torch.Tensor) -> Weight:
-    if x.device != args[0].device:
-        raise ShapeError(f"a tensor on {x.device} cannot be multiplied by a weight on {args[0].device}")
-    return packed_weight(args, count)
-
-
-def _group(weight: Weight, k: int) -> int:
-    """Neighbours in a row that are sure to share a scale, from each multiple of it on; 0: too few for the kernels."""
-    group = math.gcd(weight.block_size, k, weight.start)
-    aligned = weight.pointers[0].data_ptr() % 16 == 0
-    return group if weight.bits == 4 and aligned and group >= _LEAST_GROUP else 0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from halfbyte.kernels.triton.dequantize import dequantize, dequantize_rows
+from halfbyte.kernels.triton.grouped import grouped_linear, grouped_linear_grad_input
 from halfbyte.kernels.triton.linear import linear, linear_grad_input, linear_lora
 from halfbyte.kernels.triton.quantize import quantize
 
@@ -26,5 +27,14 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
 OPS: Mapping[str, Callable[..., Any]] = {
     op.__name__: _on_its_device(op)
-    for op in (quantize, dequantize, dequantize_rows, linear, linear_lora, linear_grad_input)
+    for op in (
+        quantize,
+        dequantize,
+        dequantize_rows,
+        linear,
+        linear_lora,
+        linear_grad_input,
+        grouped_linear,
+        grouped_linear_grad_input,
+    )
 }

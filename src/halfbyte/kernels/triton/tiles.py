@@ -18,7 +18,7 @@ from halfbyte.kernels.tuning import GpuTuning
 
 
 @triton.jit
-def _weight_tile(
+def weight_tile(
     codes,
     scales,
     scale_absmax,
@@ -104,18 +104,18 @@ def _tile_kernel(
         inside = (row < m)[:, None] & (summand < summed)[None, :]
         factors = tl.load(x_row + summand[None, :], mask=inside, other=0.0)
         if GRAD:
-            tile = _weight_tile(
+            tile = weight_tile(
                 codes, scales, scale_absmax, scale_offset, table, scale_table, summand,
                 tl.program_id(1) * OUTPUTS, n, k, start, scale_start, SCALE_BITS, BLOCK, GROUP, SUMMANDS, OUTPUTS,
                 SHUFFLE,
             )  # fmt: skip
-            total += _dot(factors, tile.to(factors.dtype), INTERPRETED)
+            total += dot(factors, tile.to(factors.dtype), INTERPRETED)
         else:
-            tile = _weight_tile(
+            tile = weight_tile(
                 codes, scales, scale_absmax, scale_offset, table, scale_table, output,
                 first, n, k, start, scale_start, SCALE_BITS, BLOCK, GROUP, OUTPUTS, SUMMANDS, SHUFFLE,
             )  # fmt: skip
-            total += _dot(factors, tl.trans(tile.to(factors.dtype)), INTERPRETED)
+            total += dot(factors, tl.trans(tile.to(factors.dtype)), INTERPRETED)
     inside_out = (row < m)[:, None] & (output < outputs)[None, :]
     if SPLITS > 1:
         to = out + (tl.program_id(2).to(tl.int64) * m + row)[:, None] * outputs + output[None, :]
@@ -127,9 +127,15 @@ def _tile_kernel(
 
 
 @triton.jit
-def _dot(a, b, INTERPRETED: tl.constexpr):
-    """In float32. Triton's interpreter would multiply the bits of bfloat16 as integers: for it they are widened."""
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee") if INTERPRETED else tl.dot(a, b)
+def dot(a, b, INTERPRETED: tl.constexpr):
+    """Summed in float32, and float32 is not cut to TF32.
+
+    Triton's interpreter would multiply the bits of bfloat16 as integers: for it they are widened.
+    """
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -157,7 +163,7 @@ def _finished(
         inputs = tl.load(branch + row.to(tl.int64)[:, None] * rank + part[None, :], mask=inside, other=0.0)
         inside_b = (output < n)[:, None] & (part < rank)[None, :]
         rows_of_b = tl.load(b + output.to(tl.int64)[:, None] * rank + part[None, :], mask=inside_b, other=0.0)
-        total += scaling * _dot(inputs, tl.trans(rows_of_b.to(inputs.dtype)), INTERPRETED)
+        total += scaling * dot(inputs, tl.trans(rows_of_b.to(inputs.dtype)), INTERPRETED)
     return total
 
 

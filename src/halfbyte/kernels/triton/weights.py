@@ -10,6 +10,7 @@ Importing this module imports triton.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from halfbyte.formats.packing import packed_size
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+_LEAST_GROUP = 32  # weights of one scale that a thread decodes from 16 bytes
 _SECOND_LEVEL = tl.constexpr(SCALE_BLOCK)
 
 
@@ -88,6 +90,27 @@ def packed_weight(args: tuple[Any, ...], count: int) -> Weight:
     offset = _field(offset, "scale_offset", torch.float32, 1, device)
     pointers = (codes, scales, absmax, offset, table, scale_table(scale_bits, device))
     return Weight(pointers, start, scale_start, book.bits, block_size, scale_bits)
+
+
+def weight_beside(args: tuple[Any, ...], count: int, x: torch.Tensor) -> Weight:
+    """`packed_weight`, to be multiplied with `x`.
+
+    Raises:
+        ShapeError: `x` is on another device; or as `packed_weight`.
+    """
+    if x.device != args[0].device:
+        raise ShapeError(f"a tensor on {x.device} cannot be multiplied by a weight on {args[0].device}")
+    return packed_weight(args, count)
+
+
+def shared_scales(weight: Weight, k: int) -> int:
+    """Neighbours in a row of `k` that are sure to share a scale, from each multiple of it on.
+
+    0: too few for the kernels, or the weight is no other way as they take it.
+    """
+    group = math.gcd(weight.block_size, k, weight.start)
+    aligned = weight.pointers[0].data_ptr() % 16 == 0
+    return group if weight.bits == 4 and aligned and group >= _LEAST_GROUP else 0
 
 
 def check_block_size(block_size: int) -> None:
