@@ -1,4 +1,4 @@
-"""bfloat16 logits: the engine's are no further from the exact ones than transformers' own, random models and trained."""
+"""bfloat16 logits: the engine is as near to the exact ones as transformers, with random and with trained models."""
 
 from __future__ import annotations
 
