@@ -71,7 +71,11 @@ def decompress(data: memoryview, section: Section, pool: ThreadPoolExecutor) -> 
         for start, size, place in jobs:  # shared: whichever thread is free takes the next
             _decompress_chunk(data[start : start + size], target[place : min(place + section.chunk, section.decoded)])
 
-    list(pool.map(decode, range(min(torch.get_num_threads(), len(section.frames)))))
+    workers = min(torch.get_num_threads(), len(section.frames))
+    if workers > 1:
+        list(pool.map(decode, range(workers)))
+    else:  # waking another thread takes as long as a small frame
+        decode(0)
     return result
 
 
