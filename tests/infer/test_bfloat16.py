@@ -1,4 +1,4 @@
-"""bfloat16 logits: the engine's are no further from the exact ones than transformers' own, of random and trained models."""
+"""bfloat16 logits: the engine's are no further from the exact ones than transformers' own, random models or trained."""
 
 from __future__ import annotations
 
