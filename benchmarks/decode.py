@@ -1,13 +1,14 @@
 """Answering with a whole model, beside llama.cpp, bitsandbytes and dense bfloat16 through transformers, in one run.
 
-    python benchmarks/decode.py [--rounds 3] [--layers 6] [--peers llama.cpp,bitsandbytes,dense]
+    python benchmarks/decode.py [--rounds 3] [--layers 6] [--peers llama.cpp,bitsandbytes,dense] > decode.txt
+    python benchmarks/decode.py --results decode.txt --figure docs/decode.png
 
 The model is a Llama of 399 M parameters with random weights (hidden 2048, ffn 5632, 6 layers, 32 heads, 4 kv heads,
 vocabulary 32,000). halfbyte runs it in NF4 with double quantization, the output layer included, as llama.cpp's Q4_0
 file has it, which `halfbyte export` writes. Contenders are processes of their own and take turns. halfbyte's times
-are those of the engine with its scheduler, sampling and text; llama.cpp's those of its evaluation alone. Below the
-table each figure stands beside what the machine allows whoever reads all weights once a step, by the rates at which
-torch reads memory and multiplies dense bfloat16.
+are those of the engine with its scheduler, sampling and text; llama.cpp's those of its evaluation alone. Beside
+halfbyte's figures stands what the machine allows whoever reads all weights once a step, by the rates at which torch
+reads memory and multiplies dense bfloat16. The second command draws a run, by its last line, as curves.
 
 Before anything is timed, halfbyte's tokens are compared with those of the same weights in transformers, and those of
 bitsandbytes' own kernel for answering (its layers repack their weights when they are first called in `eval`) with those
@@ -30,13 +31,16 @@ from statistics import median
 from typing import Any
 
 from _assets import assets, finish, table
+from _curves import draw
 from _llama import write_llama
 from _peers import gemm_rate, memory_bandwidth
 
 PROMPT = 16  # tokens before those that are timed
 DECODED = 32
 NF4_BITS = 4.127  # a weight, with double quantization
-BAR = 40  # characters of a limit
+DECODED_TOGETHER = 8  # by contenders that take long for several sequences at once
+LENGTH = 2112  # tokens of the longest sequence
+CHUNK = 512  # tokens of a prompt that llama.cpp takes at once
 PEERS = {"llama.cpp": "llama_cpp", "bitsandbytes": "bitsandbytes", "dense": "torch"}
 BATCHES = (1, 2, 4, 8, 16, 32)
 PREFILLS = (16, 128, 512, 2000)
@@ -97,7 +101,7 @@ def halfbyte_work(folder: Path) -> Work:
         slots=max(BATCHES),
         quantize_head=True,
         dtype="bfloat16",
-        max_length=2100,
+        max_length=LENGTH,
     )
     seeds = iter(range(1 << 30))
 
@@ -118,22 +122,43 @@ def halfbyte_work(folder: Path) -> Work:
 
 
 def llama_cpp_work(folder: Path) -> Work:
-    """The same in llama.cpp, Q4_0; one sequence at a time."""
-    from llama_cpp import Llama
+    """The same in llama.cpp, Q4_0, through its C interface: that of Python has one sequence at a time."""
+    import llama_cpp
 
-    llama = Llama(str(folder / "model.gguf"), n_ctx=2100, n_batch=512, n_threads=2, n_threads_batch=2, verbose=False)
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(
+        str(folder / "model.gguf").encode(), llama_cpp.llama_model_default_params()
+    )
+    options = llama_cpp.llama_context_default_params()
+    options.n_seq_max, options.n_ctx, options.n_batch = max(BATCHES), LENGTH * max(BATCHES), CHUNK
+    options.n_threads = options.n_threads_batch = 2
+    context = llama_cpp.llama_init_from_model(model, options)
+    batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
     seeds = iter(range(1 << 30))
 
+    def step(rows: Sequence[tuple[int, int, int]], wanted: int) -> None:
+        """Tokens, with their positions and sequences; logits of the last `wanted` of them."""
+        batch.n_tokens = len(rows)
+        for row, (token, position, sequence) in enumerate(rows):
+            batch.token[row], batch.pos[row] = token, position
+            batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence
+            batch.logits[row] = row >= len(rows) - wanted
+        assert not llama_cpp.llama_decode(context, batch), "llama.cpp cannot decode"
+        llama_cpp.llama_synchronize(context)
+
     def run(kind: str, size: int) -> float:
-        llama.reset()
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         if kind == "prefill":
+            rows = [(token, at, 0) for at, token in enumerate(prompt(size, next(seeds)))]
             began = time.perf_counter()
-            llama.eval(prompt(size, next(seeds)))
+            for first in range(0, size, CHUNK):
+                step(rows[first : first + CHUNK], int(first + CHUNK >= size))
             return time.perf_counter() - began
-        llama.eval(prompt(PROMPT, next(seeds)))
+        for sequence in range(size):
+            step([(token, at, sequence) for at, token in enumerate(prompt(PROMPT, next(seeds)))], 1)
         began = time.perf_counter()
-        for token in prompt(DECODED):
-            llama.eval([token])
+        for at, token in enumerate(prompt(DECODED)):
+            step([(token, PROMPT + at, sequence) for sequence in range(size)], size)
         return time.perf_counter() - began
 
     return run
@@ -170,27 +195,26 @@ def transformers_work(folder: Path, quantized: bool) -> Work:
                 began = time.perf_counter()
                 model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
                 return time.perf_counter() - began
-        return median(greedy(model, DECODED)[1]) * DECODED
+        return median(greedy(model, DECODED if size == 1 else DECODED_TOGETHER, size)) * DECODED
 
     return run
 
 
-def greedy(model: Any, count: int) -> tuple[list[int], list[float]]:
-    """What transformers' model writes after a prompt, a forward a token over its cache, and the seconds of each."""
+def greedy(model: Any, count: int, size: int) -> list[float]:
+    """Have transformers' model write after `size` prompts, a forward a token over its cache: the seconds of each."""
     import torch
     from transformers import DynamicCache
 
-    cache, tokens, times = DynamicCache(config=model.config), [], []
+    cache, times = DynamicCache(config=model.config), []
     with torch.inference_mode():
-        ids = torch.tensor([prompt(PROMPT)])
+        ids = torch.tensor([prompt(PROMPT, seed) for seed in range(size)])
         logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
         for _ in range(count):
             began = time.perf_counter()
             ids = logits[:, -1].argmax(-1, keepdim=True)
             logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
             times.append(time.perf_counter() - began)
-            tokens.append(int(ids))
-    return tokens, times
+    return times
 
 
 def contend(contender: str, folder: Path) -> None:
@@ -267,9 +291,7 @@ def measure(folder: Path, contenders: Sequence[str], rounds: int) -> dict[str, d
     for _ in range(rounds):
         for kind, size in works:
             for contender, process in processes.items():
-                if contender != "halfbyte" and (kind == "adapter" or (kind == "decode" and size > 1)):
-                    continue
-                if contender in ("bitsandbytes", "dense") and size > 512:
+                if contender != "halfbyte" and kind == "adapter":
                     continue
                 process.send_signal(signal.SIGCONT)
                 took = ask(process, kind, size)
@@ -281,18 +303,16 @@ def measure(folder: Path, contenders: Sequence[str], rounds: int) -> dict[str, d
     return best
 
 
-def limits(layers: int, head: int) -> Callable[[str, int], float]:
-    """Tokens a second that this machine allows: weights read once a step, and all products, at its measured rates.
+def limits(layers: int, head: int, reading: float, multiplying: float) -> Callable[[str, int], float]:
+    """Tokens a second that a machine allows: weights read once a step, and all products, at its measured rates.
 
     Args:
         layers: weights of all layers.
         head: of the output layer, which a prompt needs for its last token only.
+        reading: bytes a second.
+        multiplying: operations a second.
     """
-    import torch
-
-    reading, multiplying = memory_bandwidth(), gemm_rate(torch.bfloat16)
     nbytes = (layers + head) * NF4_BITS / 8
-    print(f"memory is read at {reading / 1e9:.1f} GB/s, torch multiplies bf16 at {multiplying / 1e9:.0f} GFLOP/s")
 
     def limit(kind: str, size: int) -> float:
         products = 2 * (size * layers + (1 if kind == "prefill" else size) * head) / multiplying
@@ -301,60 +321,79 @@ def limits(layers: int, head: int) -> Callable[[str, int], float]:
     return limit
 
 
-def draw(rates: dict[str, dict[str, float]], limit: Callable[[str, int], float]) -> None:
-    """A bar for each piece of work, as long as the share of the limit that halfbyte reaches."""
-    for work, reached in rates.items():
-        kind, size = work.split()
-        most = limit(kind, int(size))
-        share = reached["halfbyte"] / most
-        bar = ("#" * round(BAR * share)).ljust(BAR, ".")[: 2 * BAR]
-        print(f"{work:>13} |{bar}| {reached['halfbyte']:7.1f} of {most:7.1f} tokens/s, {share:.0%}")
+def compare(peers: Sequence[str], layers: int, rounds: int) -> dict[str, Any]:
+    """Make the files, check, measure: what the last line says of it."""
+    import torch
 
-
-def main() -> None:
-    """Make the files, check, measure, print."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--peers", default=",".join(PEERS))
-    parser.add_argument("--contend")
-    parser.add_argument("--folder", type=Path)
-    options = parser.parse_args()
-    if options.contend:
-        return contend(options.contend, options.folder)
     import halfbyte as hb
     from halfbyte.models import quantize_to_archive
     from halfbyte.models.gguf import export_gguf
 
-    peers = [peer for peer in options.peers.split(",") if peer]
-    missing = [peer for peer in peers if find_spec(PEERS[peer]) is None]
-    for peer in missing:
-        print(f"{peer} is left out: {PEERS[peer]} is not installed")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "dense", options.layers)
+        write_model(folder / "dense", layers)
         quantize_to_archive(folder / "dense", folder / "model.nf4dq", hb.HalfbyteConfig(compute_dtype="bfloat16"))
         write_adapter(folder / "adapter", folder / "model.nf4dq")
-        limit = limits(*check(folder))
-        if "llama.cpp" in peers and "llama.cpp" not in missing:
+        weights = check(folder)
+        if "llama.cpp" in peers:
             export_gguf(folder / "dense", folder / "model.gguf", "q4_0")
-        contenders = ["halfbyte", *(peer for peer in peers if peer not in missing)]
-        best = measure(folder, contenders, options.rounds)
-    rows, rates = [], {}
+        reading, multiplying = memory_bandwidth(), gemm_rate(torch.bfloat16)
+        best = measure(folder, ["halfbyte", *peers], rounds)
+    limit, rates, most = limits(*weights, reading, multiplying), {}, {}
     for work in best["halfbyte"]:
         kind, size = work.split()[0], int(work.split()[1])
         tokens = size if kind == "prefill" else size * DECODED
         rates[work] = {contender: tokens / times[work] for contender, times in best.items() if work in times}
-        cells = [f"{rates[work][contender]:.1f}" if contender in rates[work] else "" for contender in contenders]
-        ratios = [
-            f"{rates[work]['halfbyte'] / rates[work][peer]:.2f}" if peer in rates[work] else ""
-            for peer in contenders[1:]
-        ]
-        rows.append([work, *cells, *ratios])
-    print(table(["work", *(f"{c} tokens/s" for c in contenders), *(f"x {peer}" for peer in contenders[1:])], rows))
-    draw(rates, limit)
-    most = {work: limit(work.split()[0], int(work.split()[1])) for work in rates}
-    finish("decode", {"tokens_per_second": rates, "limit": most})
+        most[work] = limit(kind, size)
+    return {
+        "tokens_per_second": rates,
+        "limit": most,
+        "read_bytes_per_second": reading,
+        "multiply_flops": multiplying,
+    }
+
+
+def report(results: dict[str, Any], peers: Sequence[str]) -> None:
+    """A table of all rates, with the machine's limit and the share of it that halfbyte reaches."""
+    print(
+        f"memory is read at {results['read_bytes_per_second'] / 1e9:.1f} GB/s, torch multiplies bf16 at "
+        f"{results['multiply_flops'] / 1e9:.0f} GFLOP/s"
+    )
+    rows = []
+    for work, rates in results["tokens_per_second"].items():
+        ours, most = rates["halfbyte"], results["limit"][work]
+        cells = [f"{rates[contender]:.1f}" if contender in rates else "" for contender in ("halfbyte", *peers)]
+        ratios = [f"{ours / rates[peer]:.2f}" if peer in rates else "" for peer in peers]
+        rows.append([work, *cells, *ratios, f"{most:.1f}", f"{ours / most:.0%}"])
+    contenders = (f"{contender} tokens/s" for contender in ("halfbyte", *peers))
+    print(table(["work", *contenders, *(f"x {peer}" for peer in peers), "limit", "share of it"], rows))
+
+
+def main() -> None:
+    """Measure and print, or draw what was printed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--results", type=Path, help="what a run printed, to be drawn")
+    parser.add_argument("--figure", type=Path, help="where to draw it, as PNG")
+    parser.add_argument("--contend", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contend:
+        return contend(options.contend, options.folder)
+    if (options.results is None) != (options.figure is None):
+        parser.error("--results and --figure belong together")
+    if options.results is not None:
+        return draw(json.loads(options.results.read_text(encoding="utf-8").splitlines()[-1]), options.figure)
+    peers = [peer for peer in options.peers.split(",") if peer]
+    missing = [peer for peer in peers if find_spec(PEERS[peer]) is None]
+    for peer in missing:
+        print(f"{peer} is left out: {PEERS[peer]} is not installed")
+    peers = [peer for peer in peers if peer not in missing]
+    results = compare(peers, options.layers, options.rounds)
+    report(results, peers)
+    finish("decode", results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""bfloat16 logits: the engine is as near to the exact ones as transformers, with random and with trained models."""
+"""bfloat16 logits: the engine's are no further from the exact ones than transformers' own, random models or trained."""
 
 from __future__ import annotations
 
