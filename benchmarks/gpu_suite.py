@@ -102,7 +102,9 @@ def main() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Card, driver's CUDA, versions."""
+    """Card, driver's CUDA, versions, and what computes beside halfbyte's kernels."""
+    from halfbyte.nn.parts import chosen_parts
+
     versions = {}
     for library in LIBRARIES:
         try:
@@ -115,6 +117,7 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda or torch.version.hip,
         "python": platform.python_version(),
         "versions": versions,
+        "parts": {choice.op: choice.name for choice in chosen_parts() if choice.device == "cuda"},
     }
 
 

@@ -77,3 +77,50 @@ def test_bfloat16_where_it_can_be_compiled(monkeypatch, version, capability, exp
     assert not weights.takes(torch.float64, card)
     assert weights.takes(torch.bfloat16, torch.device("cpu"))
     weights._compiles_bfloat16.cache_clear()
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device. Launches are caught, with whether somebody had chosen one."""
+    import dataclasses
+
+    import numpy as np
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    import halfbyte as hb
+    from halfbyte.kernels import tuning
+    from halfbyte.kernels.slots import make_options, random_keys
+    from halfbyte.kernels.triton.adamw import TritonBatch
+    from halfbyte.kernels.triton.ops import OPS
+    from halfbyte.optim.states import allocate_plain, new_state, slot_of
+
+    chosen, launched = [], {}
+
+    class DeviceOf:
+        def __init__(self, tensor):
+            self.device = tensor.device
+
+        def __enter__(self):
+            chosen.append(self.device)
+
+        def __exit__(self, *error):
+            chosen.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    monkeypatch.setattr(
+        JITFunction, "run", lambda self, *args, **options: launched.setdefault(self.__name__, list(chosen))
+    )
+    monkeypatch.setitem(tuning.GPU_TUNING, (8, 0), dataclasses.replace(tuning.GPU_TUNING[8, 0], programs=64))
+    q = hb.quantize(torch.randn(64, 2048))
+    OPS["quantize"](torch.zeros(5000), "nf4", 64)
+    OPS["dequantize"](*q.packed(), list(q.shape), torch.bfloat16)
+    OPS["dequantize_rows"](*q.packed(), 2048, torch.tensor([0]), torch.bfloat16)
+    for rows in (1, 16):
+        OPS["linear"](*q.packed(), 64, torch.zeros(rows, 2048, dtype=torch.bfloat16), None)
+    parameter = torch.zeros(300)
+    slot = slot_of(parameter, new_state(parameter, "8bit", master=False, allocate=allocate_plain), 0)
+    options = make_options({"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}, 1, 1.0)
+    TritonBatch([slot]).step([torch.zeros(300)], [options], [0], random_keys(1, np.full(1, 1), np.arange(1)))
+    ours = ("quantize", "dequantize", "rows", "vector", "tile", "add")
+    assert launched.keys() == {*(f"_{name}_kernel" for name in ours), "_step"}
+    assert all(devices == [torch.device("cpu")] for devices in launched.values())

@@ -47,15 +47,16 @@ class ModelLoss(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss over trained tokens, and the count of the tokens seen: trl's is wrong for several packed rows."""
-        seen = self._total_train_tokens + int(self.accelerator.gather(count_tokens(inputs)).sum())
+        before, count = self._total_train_tokens, self.accelerator.gather(count_tokens(inputs)).sum()
         if self.model_has_loss:
             inputs = {**inputs, "use_cache": False}
             loss = super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
-            self._total_train_tokens = seen
-            self._metrics["train"]["num_tokens"] = [seen]
+            # Asked for here, where a GPU is waited for anyway to look at the loss.
+            self._total_train_tokens = before + int(count)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
 
 
