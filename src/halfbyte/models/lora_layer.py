@@ -65,7 +65,10 @@ class LoraLinear4bit(LoraLinear):
         name = self.active_adapters[0]
         lora_a: Any = self.lora_A[name]
         lora_b: Any = self.lora_B[name]
-        return LoraWeights(base.weight.packed(), base.bias, lora_a.weight, lora_b.weight, self.scaling[name])
+        packed = QuantizedTensor.packed(
+            base.weight
+        )  # no method's call: torch.compile traces those of torch.Tensor only
+        return LoraWeights(packed, base.bias, lora_a.weight, lora_b.weight, self.scaling[name])
 
     def _dropout(self) -> float:
         """The probability that is in force."""

@@ -69,9 +69,9 @@ def lora_linear(
     if dropout > 0:
         # native_dropout keeps a mask of one byte an element; nn.functional.dropout keeps one of the input's dtype on a
         # CPU.
-        dropped = torch.native_dropout(x, dropout, True)[0]
+        dropped: torch.Tensor | None = torch.native_dropout(x, dropout, True)[0]
     elif torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs):
-        dropped = x
+        dropped = None
     else:
         rows = [x.shape[:-1].numel()]
         cast_bias = None if bias is None else bias.to(x.dtype)
@@ -93,7 +93,7 @@ def lora_linears(x: torch.Tensor, layers: Sequence[LoraWeights]) -> tuple[torch.
     """
     tensors = [tensor for layer in layers for tensor in (layer.bias, layer.a, layer.b)]
     scalings, weights = tuple(layer.scaling for layer in layers), tuple(layer.weight for layer in layers)
-    results: tuple[torch.Tensor, ...] = _LoraLinears.apply(x, x, scalings, weights, *tensors)
+    results: tuple[torch.Tensor, ...] = _LoraLinears.apply(x, None, scalings, weights, *tensors)
     return results
 
 
@@ -102,13 +102,13 @@ _INNER = 4  # tensors of a packed weight
 
 
 class _LoraLinears(torch.autograd.Function):
-    """`x` goes through each W and `dropped` through each branch; without dropout they are one tensor."""
+    """`x` goes through each W and `dropped` through each branch; None: `x`, which torch.compile takes only once."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        dropped: torch.Tensor,
+        dropped: torch.Tensor | None,
         scalings: tuple[float, ...],
         weights: tuple[PackedWeight, ...],
         *tensors: torch.Tensor | None,
@@ -116,7 +116,8 @@ class _LoraLinears(torch.autograd.Function):
         cast: list[Any] = [None if tensor is None else tensor.to(x.dtype) for tensor in tensors]  # A and B are there
         biases, every_a, every_b = (cast[at::_PER_LAYER] for at in range(_PER_LAYER))
         a = every_a[0] if len(every_a) == 1 else torch.cat(every_a)
-        branches = dropped.reshape(-1, x.shape[-1]) @ a.t()
+        inputs = x if dropped is None else dropped
+        branches = inputs.reshape(-1, x.shape[-1]) @ a.t()
         results = []
         for weight, bias, b, branch, scaling in zip(
             weights, biases, every_b, branches.split([len(one) for one in every_a], 1), scalings, strict=True
@@ -124,17 +125,17 @@ class _LoraLinears(torch.autograd.Function):
             y = torch.ops.halfbyte.linear(*weight, b.shape[0], x, bias)
             y.view(-1, b.shape[0]).addmm_(branch, b.t(), alpha=scaling)
             results.append(y)
-        ctx.save_for_backward(dropped, branches, a, *every_b, *(one for weight in weights for one in weight[:_INNER]))
+        ctx.save_for_backward(inputs, branches, a, *every_b, *(one for weight in weights for one in weight[:_INNER]))
         ctx.descriptions, ctx.scalings = [weight[_INNER:] for weight in weights], scalings
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in tensors[::_PER_LAYER]]
-        ctx.same = dropped is x
+        ctx.same = dropped is None
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         count = len(ctx.scalings)
-        dropped, branches, a, *rest = ctx.saved_tensors
+        inputs, branches, a, *rest = ctx.saved_tensors
         every_b, inner = rest[:count], rest[count:]
         ranks, in_features = [b.shape[1] for b in every_b], a.shape[1]
         need_x, need_dropped, _, _, *need = ctx.needs_input_grad
@@ -160,11 +161,11 @@ class _LoraLinears(torch.autograd.Function):
                 through = torch.ops.halfbyte.linear_grad_input(*weight, in_features, grad)
                 grad_x = through if grad_x is None else grad_x.add_(through)
         if any(need[1::_PER_LAYER]):
-            grad_a = grad_branches.t() @ dropped.reshape(-1, in_features)
+            grad_a = grad_branches.t() @ inputs.reshape(-1, in_features)
             for i, one in enumerate(grad_a.split(ranks)):
                 of_tensors[i * _PER_LAYER + 1] = one if need[i * _PER_LAYER + 1] else None
         if grad_x is not None and ctx.same:
             grad_x.view(-1, in_features).addmm_(grad_branches, a)
         if need_dropped and not ctx.same:
-            grad_dropped = (grad_branches @ a).view(dropped.shape)
+            grad_dropped = (grad_branches @ a).view(inputs.shape)
         return grad_x, grad_dropped, None, None, *of_tensors
