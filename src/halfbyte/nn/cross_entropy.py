@@ -51,6 +51,8 @@ def linear_cross_entropy(
     Raises:
         IndexError: a label is neither `ignore_index` nor in [0, vocabulary).
     """
+    if torch.compiler.is_compiling():
+        return _plain(hidden, weight, labels, bias, num_items, ignore_index, rows)
     device = weight.device  # a model that is split over devices may have its head on another
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
@@ -78,6 +80,25 @@ def linear_cross_entropy(
         weight = weight.detach().index_copy(0, index, values.detach())
     total: torch.Tensor = _SummedLoss.apply(flat, weight, bias, targets, index, values, counted)
     return total / divisor
+
+
+def _plain(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_items: torch.Tensor | int | None,
+    ignore_index: int,
+    rows: tuple[Sequence[int], torch.Tensor] | None,
+) -> torch.Tensor:
+    """The same for torch.compile, with all logits: it takes no shape that depends on labels, and fuses what follows."""
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]).to(weight.device), labels.reshape(-1).to(weight.device)
+    if rows is not None:
+        weight = weight.detach().index_copy(0, torch.tensor(rows[0], device=weight.device), rows[1].to(weight))
+    logits = torch.nn.functional.linear(flat.to(weight.dtype), weight, bias).float()
+    total = torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    count = (targets != ignore_index).sum() if num_items is None else torch.as_tensor(num_items, device=total.device)
+    return total / count
 
 
 def chunk_rows(vocabulary: int, itemsize: int) -> int:
