@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -386,3 +387,31 @@ def test_a_fault_that_is_not_ours_still_ends_the_process(small):
     other.write_bytes(bytes(10_000))
     done = subprocess.run([sys.executable, "-c", program, str(small), str(other)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGBUS, done.stderr
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from halfbyte.errors import CheckpointError
+from halfbyte.models import Archive
+
+archive = Archive(sys.argv[1])
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20),) * 2)
+try:
+    archive.tensor("weight")
+    print("nothing happened")
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say how many addresses are used")
+def test_a_limit_of_addresses_is_one_sentence(tmp_path):
+    path = tmp_path / "a.nf4dq"
+    with new_archive(path, {}) as archive:
+        archive.add("weight", torch.zeros(1 << 20, dtype=torch.float32))
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{path} cannot be mapped: Cannot allocate memory" in done.stdout
+    assert "RLIMIT_AS" in done.stdout

@@ -167,7 +167,13 @@ class Archive:
         size = os.fstat(self._file.fileno()).st_size
         if size != self.nbytes:
             raise CheckpointError(f"{self.path} had {self.nbytes} bytes when it was opened and has {size} now")
-        return map_file(self._file.fileno(), size, partial(_lost, self.path, self.directory))
+        try:
+            return map_file(self._file.fileno(), size, partial(_lost, self.path, self.directory))
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be mapped: {error.strerror or error}; its {size} bytes need as many addresses, "
+                "which RLIMIT_AS or RLIMIT_DATA (ulimit -v, ulimit -d) may deny; a limit of memory would not."
+            ) from None
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
