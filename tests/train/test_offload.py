@@ -6,6 +6,7 @@ holds NaN. What is used before it was waited for makes NaN of the loss or of a g
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import weakref
@@ -306,6 +307,38 @@ def test_a_run_of_each_task_gives_equal_weights(task, tiny_llama, write_rows, tm
         assert lane.started >= 2 * 2 * 3
         assert lane.done == lane.started
     assert_equal(trained[True], trained[False])
+
+
+def test_what_a_cuda_lane_asks_of_streams(make_model, monkeypatch):
+    """In which order: the copy after what was computed, and what is computed next after the copy."""
+    asked = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name if isinstance(name, str) else "side"
+
+        def wait_stream(self, other):
+            asked.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self):
+            asked.append(f"{self.name} records")
+            return f"event {len(asked)}"
+
+        def wait_event(self, event):
+            asked.append(f"{self.name} waits for {event}")
+
+    computing = Stream("computing")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(asked.append(f"on {stream.name}")))
+    lane = CudaLane(torch.device("cpu"))
+    monkeypatch.setattr(lane, "_pinned", False)
+    got = gradients(make_model(lane, layers=2), batch())
+    copy = ["side waits for computing", "on side", "side records"]
+    forward = [*copy, *copy, "computing waits for event 3"]  # the second checkpoint lets the first one go
+    backward = ["computing waits for event 6", *copy, "computing waits for event 11"]  # fetched ahead, then waited for
+    assert asked == forward + backward
+    assert_equal(got, gradients(make_model(layers=2), batch()))
 
 
 def test_pinned_memory_that_ends_is_followed_by_pageable(monkeypatch):

@@ -49,7 +49,7 @@ class Lane(Protocol):
         """Copy when everything that was computed so far is done; what to `wait` for."""
 
     def wait(self, copied: Any) -> None:
-        """Compute nothing more before that copy is done. The host does not wait."""
+        """Compute nothing more, where `start` was called from, before that copy is done. The host does not wait."""
 
 
 class CudaLane:
@@ -78,17 +78,19 @@ class CudaLane:
                 )
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def start(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
+    def start(self, target: torch.Tensor, source: torch.Tensor) -> tuple[torch.cuda.Event, torch.cuda.Stream]:
         """See `Lane.start`. A copy to or from pageable memory ends before this does."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        computing = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(computing)
         with torch.cuda.stream(self._stream):
             on_host = source if source.is_cpu else target
             target.copy_(source, non_blocking=on_host.is_pinned())
-        return self._stream.record_event()
+        return self._stream.record_event(), computing
 
-    def wait(self, copied: torch.cuda.Event) -> None:
-        """See `Lane.wait`."""
-        torch.cuda.current_stream(self._device).wait_event(copied)
+    def wait(self, copied: tuple[torch.cuda.Event, torch.cuda.Stream]) -> None:
+        """See `Lane.wait`. A graph may be let go of in a thread of autograd's, where another stream is current."""
+        event, computing = copied
+        computing.wait_event(event)
 
 
 def cuda_lane(device: torch.device) -> Lane | None:
