@@ -65,9 +65,7 @@ class LoraLinear4bit(LoraLinear):
         name = self.active_adapters[0]
         lora_a: Any = self.lora_A[name]
         lora_b: Any = self.lora_B[name]
-        packed = QuantizedTensor.packed(
-            base.weight
-        )  # no method's call: torch.compile traces those of torch.Tensor only
+        packed = QuantizedTensor.packed(base.weight)  # torch.compile traces calls of torch.Tensor's methods only
         return LoraWeights(packed, base.bias, lora_a.weight, lora_b.weight, self.scaling[name])
 
     def _dropout(self) -> float:
