@@ -86,7 +86,7 @@ def test_mappings_come_and_go_in_several_threads(tmp_path):
     def many():
         try:
             with (tmp_path / "file").open("rb") as file:
-                for _ in range(300):
+                for _ in range(1000):
                     assert is_mapped(map_file(file.fileno(), 8192, str))
         except BaseException as error:
             failures.append(error)

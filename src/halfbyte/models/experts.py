@@ -1,10 +1,9 @@
 """transformers' layers of experts on grouped products with packed weights.
 
-transformers gives every mixture-of-experts model one interface: a function that is chosen by the name in
-`config._experts_implementation`, with the module's parameters in a known layout. Importing this module registers
-halfbyte's under "halfbyte", and the quantizer chooses it for models whose experts it packs. A model without the
-interface runs its own loop, one slice of the packed tensor at a time; `model.set_experts_implementation("eager")` goes
-back to that loop for any other.
+transformers gives its mixture-of-experts models one interface: a function that is chosen by the name in
+`config._experts_implementation`, with the module's parameters in a known layout. The quantizer registers halfbyte's
+under "halfbyte" and chooses it for a model whose experts it packs. A model without the interface runs its own loop, one
+slice of the packed tensor at a time; `model.set_experts_implementation("eager")` goes back to that loop for any other.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def _rows(self: Any, hidden_states: torch.Tensor, share: torch.Tensor, routing: 
         # The share goes in where the row is narrow: the product is linear.
         return _project(self, "down_proj", (inner * share).to(inner.dtype), routing)
     outer = _project(self, "down_proj", inner, routing)
-    return (outer if norm is None else norm(outer)) * share
+    return ((outer if norm is None else norm(outer)) * share).to(outer.dtype)
 
 
 def _project(self: Any, name: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -17,7 +17,6 @@ import mmap
 import signal
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -45,7 +44,16 @@ _living: dict[int, int] = {}  # where mappings begin -> where they end
 
 
 class _Pages(mmap.mmap):
-    """A mapping that is forgotten before it is unmapped: a subclass's weak references die first."""
+    """A mapping that is forgotten before it is unmapped.
+
+    mmap's weak references die after that, when another thread's mapping may be at the same place already.
+    """
+
+    address, place = 0, -1  # where it begins; where the native library keeps it
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            _forget(self.address, self.place)
 
 
 def is_guarded() -> bool:
@@ -70,14 +78,14 @@ def map_file(descriptor: int, nbytes: int, lost: Callable[[int], str], offset: i
     before = offset % mmap.ALLOCATIONGRANULARITY
     pages = _Pages(descriptor, before + nbytes, flags=flags, prot=prot, offset=offset - before)
     whole = torch.frombuffer(pages, dtype=torch.uint8)
-    _living[whole.data_ptr()] = whole.data_ptr() + before + nbytes
-    weakref.finalize(pages, _living.pop, whole.data_ptr(), None).atexit = False
+    pages.address = whole.data_ptr()
+    _living[pages.address] = pages.address + before + nbytes
     library = native_library()
     if isinstance(library, Native) and _install(library):
         place = library.functions["hb_watch_mapping"](whole.data_ptr(), before + nbytes)
         if place >= 0:
             _watched[place] = lambda page: lost(offset - before + page)
-            weakref.finalize(pages, _forget, library, place).atexit = False
+            pages.place = place
     return whole[before:]
 
 
@@ -167,11 +175,14 @@ def _advise(begin: int, end: int, advice: int) -> None:
         _MADVISE(first, end - first, advice)  # a hint; what it misses is met as a fault
 
 
-def _forget(library: Native, place: int) -> None:
-    # The library may give the place to another thread's mapping as soon as it has it back.
-    del _watched[place]
-    _told.discard(place)
-    library.functions["hb_forget_mapping"](place)
+def _forget(address: int, place: int) -> None:
+    _living.pop(address, None)
+    library = native_library()
+    if place >= 0 and isinstance(library, Native):
+        # The library may give the place to another thread's mapping as soon as it has it back.
+        del _watched[place]
+        _told.discard(place)
+        library.functions["hb_forget_mapping"](place)
 
 
 def _install(library: Native) -> bool:

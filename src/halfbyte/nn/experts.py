@@ -127,7 +127,7 @@ def grouped_linear(
         return _dense(x, weight if transposed else weight.transpose(1, 2), routing.ends)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    packed = QuantizedTensor.packed(weight)  # no method's call: torch.compile traces those of torch.Tensor only
+    packed = QuantizedTensor.packed(weight)  # torch.compile traces calls of torch.Tensor's methods only
     op = torch.ops.halfbyte.grouped_linear_grad_input if transposed else torch.ops.halfbyte.grouped_linear
     result: torch.Tensor = op(*packed, weight.shape[2 if transposed else 1], x, routing.ends)
     return result
