@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -49,6 +49,7 @@ from halfbyte.tensor import QuantizedTensor
 # What is compressed: codes, and scales of 8 bits or fewer. Everything else (float32 scales, dense weights) is noise.
 _COMPRESSED = ("codes", "scales")
 _READ = 1 << 22
+_PIECE = 1 << 22  # bytes of a section that are checked and then written
 _SYNC_FILE_RANGE_WRITE = 2
 _SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
 if _SYNC_FILE_RANGE is not None:
@@ -73,8 +74,7 @@ class ArchiveWriter:
         asked = {"generator": self.directory.generator, "compress": compress, "request": asked}
         self._request = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         self.written = 0
-        # Checksums, and handing over to the disk, which may keep whoever does it waiting.
-        self._aside = ThreadPoolExecutor(2)
+        self._aside = ThreadPoolExecutor(1)  # hands over to the disk, which may keep whoever does that waiting
         self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
             self._lock()
@@ -94,7 +94,13 @@ class ArchiveWriter:
         """Whether a tensor is in the archive already, from this run or from one that was killed."""
         return name in self.directory.tensors or name in self.directory.aliases
 
-    def add(self, name: str, tensor: torch.Tensor, partners: Iterable[str] = ()) -> None:
+    def add(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        partners: Iterable[str] = (),
+        done: Callable[[memoryview], None] | None = None,
+    ) -> None:
         """Write a tensor. One that is there already is left as it is.
 
         Args:
@@ -102,6 +108,7 @@ class ArchiveWriter:
             tensor: dense or a `QuantizedTensor`, on any device; not a slice that begins inside a block.
             partners: names that the model ties to it. When one of them holds the same bytes, they are stored once;
                 two tensors that are equal by chance stay two.
+            done: called with each piece of a dense tensor that has been written.
 
         Raises:
             OutputError: the disk is full.
@@ -112,7 +119,7 @@ class ArchiveWriter:
         if isinstance(tensor, QuantizedTensor):
             entry = self._quantized(name, tensor)
         else:
-            entry = Entry(tensor.dtype, tuple(tensor.shape), {"data": self._write(_bytes(tensor), False)})
+            entry = Entry(tensor.dtype, tuple(tensor.shape), {"data": self._write(_bytes(tensor), False, done)})
         twin = next((partner for partner in partners if self._equal(entry, partner)), None)
         if twin is None:
             self.directory.tensors[name] = entry
@@ -199,17 +206,17 @@ class ArchiveWriter:
         }
         return Entry(tensor.dtype, tuple(tensor.shape), sections, tensor.spec, offset)
 
-    def _write(self, data: memoryview, entropy: bool) -> Section:
+    def _write(self, data: memoryview, entropy: bool, done: Callable[[memoryview], None] | None = None) -> Section:
         frames = archive_codec.compress(data) if entropy and self._compress else None
-        pieces = [data] if frames is None else frames
-        offset, place = self._end, self._end
-        # Both let go of the interpreter, so a large tensor is checked and written at once.
-        checksum = self._aside.submit(_crc32, pieces)
+        pieces = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE)) if frames is None else frames
+        offset, place, crc = self._end, self._end, 0
         for piece in pieces:
+            crc = crc32(piece, crc)
             self._put(piece, place)
             place += len(piece)
+            if done is not None and isinstance(piece, memoryview):
+                done(piece)
         self._aside.submit(_start_writeback, self._file, offset, place - offset)
-        crc = checksum.result()
         self._end = aligned(place)
         # Written and not truncated to: that waits for the disk to have the pages before, and something may lie here
         # already, which a tensor has left that its partner stands for.
@@ -387,13 +394,6 @@ def _start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
     """
     if _SYNC_FILE_RANGE is not None and nbytes:
         _SYNC_FILE_RANGE(descriptor, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
-
-
-def _crc32(pieces: Iterable[bytes | memoryview]) -> int:
-    crc = 0
-    for piece in pieces:
-        crc = crc32(piece, crc)
-    return crc
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -31,7 +31,7 @@ from halfbyte.threads import one_thread
 # Elements quantized at once: a multiple of every block size.
 _PIECE = 1 << 22
 # Bytes that parameters underway may hold; one alone may hold more.
-_UNDERWAY = 1 << 24
+_UNDERWAY = 1 << 25
 # Bytes held between two times that freed memory is given back.
 _TRIM_EVERY = 1 << 24
 
@@ -44,14 +44,12 @@ class _Underway:
         arrival: the parameter. It stays here until the main thread has seen that it is written: when a file shrinks
             while it is mapped, that thread is told, and only of mappings that are still there (see
             halfbyte.models.mapping).
-        memory: bytes held for it; what lies on pages of a file is given back piece by piece.
-        kept: whether it lies on such pages and they are written as they are, all of which are held until then.
+        memory: bytes held for it; what lies on pages of a file is let go piece by piece.
         written: its end.
     """
 
     arrival: Arrival
     memory: int
-    kept: bool
     written: Future[None]
 
 
@@ -89,28 +87,22 @@ class QuantizingStream:
         if self._archive.has(arrival.name):
             return nn.Parameter(self._archive.placeholder(arrival.name), requires_grad=False)
         placeholder, mapped = arrival.placeholder(), is_mapped(arrival.tensor)
-        kept, memory = mapped and arrival.kind is None, placeholder.nbytes
+        memory = 0 if mapped and arrival.kind is None else placeholder.nbytes
         if not mapped and arrival.kind is not None:
             memory += arrival.tensor.nbytes
-        elif kept:
-            memory = 0
-        while self._underway and self._no_room(memory, kept):
+        while self._underway and sum(other.memory for other in self._underway) + memory > _UNDERWAY:
             self._finish_first()
         made = self._begin(arrival)
         # Some checkpoints hold both copies of a tied head; without their bytes transformers cannot see that.
         partners = _partners(model, arrival.name)
-        written = self._writer.submit(lambda: self._archive.add(arrival.name, made(), partners))
-        self._underway.append(_Underway(arrival, memory, kept, written))
+        done = _let_go if mapped else None
+        written = self._writer.submit(lambda: self._archive.add(arrival.name, made(), partners, done))
+        self._underway.append(_Underway(arrival, memory, written))
         self._since_trim += memory
         if self._since_trim > _TRIM_EVERY:
             trim()
             self._since_trim = 0
         return placeholder
-
-    def _no_room(self, memory: int, kept: bool) -> bool:
-        if kept and any(other.kept for other in self._underway):
-            return True
-        return sum(other.memory for other in self._underway) + memory > _UNDERWAY
 
     def _begin(self, arrival: Arrival) -> Callable[[], torch.Tensor]:
         """Begin to quantize; the call that waits for it and gives what is to be written."""
@@ -152,11 +144,15 @@ class QuantizingStream:
         tensor = arrival.tensor.detach()
         if isinstance(tensor, QuantizedTensor):
             return lambda: tensor
-        flat = tensor.reshape(-1)
-        looked = [
-            self._workers.submit(check_finite, arrival.name, flat[start : start + _PIECE])
-            for start in range(0, flat.numel(), _PIECE)
-        ]
+        flat, mapped = tensor.reshape(-1), is_mapped(tensor)
+
+        def look(start: int) -> None:
+            piece = flat[start : start + _PIECE]
+            check_finite(arrival.name, piece)
+            if mapped:
+                let_go(piece.view(torch.uint8).numpy())
+
+        looked = [self._workers.submit(look, start) for start in range(0, flat.numel(), _PIECE)]
 
         def finish() -> torch.Tensor:
             for piece in looked:
@@ -168,6 +164,10 @@ class QuantizingStream:
     def _finish_first(self) -> None:
         self._underway[0].written.result()
         self._underway.popleft()
+
+
+def _let_go(piece: memoryview) -> None:
+    let_go(np.frombuffer(piece, np.uint8))
 
 
 def trim() -> None:
