@@ -199,3 +199,13 @@ def test_the_variable_is_read_through_env(monkeypatch):
     monkeypatch.setenv("HALFBYTE_KERNELS", "cuda")
     with pytest.raises(RequestError, match=r"choose one of: auto, cpu, triton, reference|did you mean"):
         env.kernels()
+
+
+def test_no_rows_decode_no_weight(monkeypatch):
+    """Most steps of a long prompt want no logits: the output layer gets an empty input."""
+    q = hb.quantize(torch.randn(96, 64))
+    module = sys.modules["halfbyte.kernels.reference.linear"]
+    monkeypatch.setattr(module, "dequantize", lambda *args: pytest.fail("a weight was decoded"))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        y = torch.ops.halfbyte.linear(*q.packed(), 96, torch.empty(2, 0, 64, dtype=dtype), None)
+        assert y.shape == (2, 0, 96) and y.dtype == dtype
