@@ -59,7 +59,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(ScalarFormatter())
         axes.grid(alpha=0.3)
-        axes.legend()
+        if not position:  # the other has the same lines, and no room
+            axes.legend()
     figure.suptitle(
         f"A Llama of 399 M parameters · {results['machine']} · {results['date']}\nmemory read at "
         f"{results['read_bytes_per_second'] / 1e9:.0f} GB/s, dense bf16 products at "
