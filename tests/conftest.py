@@ -28,6 +28,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Where Triton's kernels are called, ours and others': on a card, or by its interpreter in a process started for that.
+TRITON = ("tests/kernels/triton", "tests/nn/liger")
 
 if PARALLEL:
     torch.set_num_threads(1)  # the workers share the cores already
@@ -36,7 +38,10 @@ if PARALLEL:
 @pytest.hookimpl(tryfirst=True)  # before -m decides what to leave out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what uses the assets, and skip what needs a GPU where there is none."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
+        if not interpreted and any(folder in item.path.as_posix() for folder in TRITON):
+            item.add_marker("gpu")
         if "assets" in getattr(item, "fixturenames", ()):
             item.add_marker("assets")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -106,6 +106,21 @@ def test_a_million_weights_and_more_than_one_second_level_block(format, dtype):
         check_against(w, format, block, nested=True)
 
 
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_more_scales_than_torch_sums_with_one_thread(format):
+    """The mean of so many depends on the threads in bitsandbytes; ours is that of one, whatever torch is set to."""
+    w, before = torch.randn(2_500_001), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        ours = hb.quantize(w, format, 64, 8)
+        torch.set_num_threads(1)
+        codes, state = F.quantize_4bit(w, blocksize=64, quant_type=format, compress_statistics=True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(ours.codes, codes.view(-1)) and torch.equal(ours.scales, state.absmax)
+    assert torch.equal(ours.scale_absmax, state.state2.absmax) and torch.equal(ours.scale_offset, state.offset)
+
+
 def test_its_native_op_is_compared_at_all():
     """The condition above must not quietly leave nothing to compare."""
     assert native_is_right((4096, 64), 64, torch.ones(1)) and native_is_right((65,), 64, torch.ones(1))

@@ -142,8 +142,6 @@ class QuantizingStream:
     def _keep(self, arrival: Arrival) -> Callable[[], torch.Tensor]:
         """Begin to look at a tensor that stays as it is."""
         tensor = arrival.tensor.detach()
-        if isinstance(tensor, QuantizedTensor):
-            return lambda: tensor
         flat, mapped = tensor.reshape(-1), is_mapped(tensor)
 
         def look(start: int) -> None:

@@ -212,7 +212,8 @@ def quantize(w: torch.Tensor, format: str = "nf4", block_size: int = 64, scale_b
     Raises:
         FormatError: an option that is not offered, a dtype that is not floating, or a weight that holds NaN or Inf.
 
-    Source: QLoRA, arXiv 2305.14314. Codes and scales of nf4 and fp4 equal bitsandbytes' bit for bit.
+    Source: QLoRA, arXiv 2305.14314. Codes and scales of nf4 and fp4 equal bitsandbytes' bit for bit; the second level
+    those of bitsandbytes on one thread, whose mean of more than 32,768 scales depends on the number of threads.
     """
     spec = QuantSpec(format, block_size, scale_bits)
     if w.dtype not in _WEIGHT_DTYPES:

@@ -1,6 +1,7 @@
 """Where the Triton kernels' tests run: on a card, or on the CPU in a process that was started with TRITON_INTERPRET=1.
 
-`tests/kernels/test_triton.py` starts that process. In any other without a card these tests are skipped.
+`tests/kernels/test_triton.py` starts that process. In any other without a card `tests/conftest.py`
+skips these tests.
 """
 
 from __future__ import annotations
@@ -12,14 +13,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if not INTERPRETED and "tests/kernels/triton" in item.path.as_posix():
-            item.add_marker("gpu")
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
 
 
 @pytest.fixture(autouse=True)

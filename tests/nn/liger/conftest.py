@@ -1,6 +1,7 @@
 """Where liger-kernel's operations are tested: on a card, or on the CPU in a process started with TRITON_INTERPRET=1.
 
-`tests/nn/test_parts.py` starts that process. In any other without a card these tests are skipped.
+`tests/nn/test_parts.py` starts that process. In any other without a card `tests/conftest.py`
+skips these tests.
 """
 
 from __future__ import annotations
@@ -8,18 +9,9 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 
 pytest.importorskip("liger_kernel")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if not INTERPRETED and "tests/nn/liger" in item.path.as_posix():
-            item.add_marker("gpu")
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
 
 
 @pytest.fixture
