@@ -20,7 +20,7 @@ import triton.language as tl
 
 from halfbyte.kernels import reference
 from halfbyte.kernels.schema import check_grouped
-from halfbyte.kernels.triton.tiles import dot, weight_tile
+from halfbyte.kernels.triton.tiles import partial_sum
 from halfbyte.kernels.triton.weights import shared_scales, takes, weight_beside
 from halfbyte.kernels.tuning import Tile, gpu_tuning
 
@@ -84,25 +84,11 @@ def _grouped_kernel(
     matrix = start + expert.to(tl.int64) * n * k
     total = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
     for first in range(0, tl.where(expert < experts, summed, 0), SUMMANDS):
-        summand = first + tl.arange(0, SUMMANDS)
-        inside = (row < last)[:, None] & (summand < summed)[None, :]
-        factors = tl.load(x_row + summand[None, :], mask=inside, other=0.0)
-        if GRAD:
-            weights = weight_tile(
-                codes, scales, scale_absmax, scale_offset, table, scale_table, summand,
-                tl.program_id(1) * OUTPUTS, n, k, matrix, scale_start, SCALE_BITS, BLOCK, GROUP, SUMMANDS, OUTPUTS,
-                SHUFFLE,
-            ).to(factors.dtype)  # fmt: skip
-        else:
-            weights = weight_tile(
-                codes, scales, scale_absmax, scale_offset, table, scale_table, output,
-                first, n, k, matrix, scale_start, SCALE_BITS, BLOCK, GROUP, OUTPUTS, SUMMANDS, SHUFFLE,
-            ).to(factors.dtype)  # fmt: skip
-            weights = tl.trans(weights)
-        if WIDEN:
-            total += dot(factors.to(tl.float32), weights.to(tl.float32), INTERPRETED)
-        else:
-            total += dot(factors, weights, INTERPRETED)
+        total += partial_sum(
+            x_row, row < last, first, summed, output, tl.program_id(1) * OUTPUTS, codes, scales, scale_absmax,
+            scale_offset, table, scale_table, n, k, matrix, scale_start, SCALE_BITS, BLOCK, GROUP, OUTPUTS, SUMMANDS,
+            GRAD, SHUFFLE, WIDEN, INTERPRETED,
+        )  # fmt: skip
     inside_out = (row < last)[:, None] & (output < outputs)[None, :]
     to = out + row.to(tl.int64)[:, None] * outputs + output[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=inside_out)

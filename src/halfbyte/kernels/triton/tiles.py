@@ -100,22 +100,11 @@ def _tile_kernel(
     x_row = x + row.to(tl.int64)[:, None] * summed
     total = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
     for first in range(tl.program_id(2) * SUMMANDS, summed, SPLITS * SUMMANDS):
-        summand = first + tl.arange(0, SUMMANDS)
-        inside = (row < m)[:, None] & (summand < summed)[None, :]
-        factors = tl.load(x_row + summand[None, :], mask=inside, other=0.0)
-        if GRAD:
-            tile = weight_tile(
-                codes, scales, scale_absmax, scale_offset, table, scale_table, summand,
-                tl.program_id(1) * OUTPUTS, n, k, start, scale_start, SCALE_BITS, BLOCK, GROUP, SUMMANDS, OUTPUTS,
-                SHUFFLE,
-            )  # fmt: skip
-            total += dot(factors, tile.to(factors.dtype), INTERPRETED)
-        else:
-            tile = weight_tile(
-                codes, scales, scale_absmax, scale_offset, table, scale_table, output,
-                first, n, k, start, scale_start, SCALE_BITS, BLOCK, GROUP, OUTPUTS, SUMMANDS, SHUFFLE,
-            )  # fmt: skip
-            total += dot(factors, tl.trans(tile.to(factors.dtype)), INTERPRETED)
+        total += partial_sum(
+            x_row, row < m, first, summed, output, tl.program_id(1) * OUTPUTS, codes, scales, scale_absmax,
+            scale_offset, table, scale_table, n, k, start, scale_start, SCALE_BITS, BLOCK, GROUP, OUTPUTS, SUMMANDS,
+            GRAD, SHUFFLE, False, INTERPRETED,
+        )  # fmt: skip
     inside_out = (row < m)[:, None] & (output < outputs)[None, :]
     if SPLITS > 1:
         to = out + (tl.program_id(2).to(tl.int64) * m + row)[:, None] * outputs + output[None, :]
@@ -124,6 +113,58 @@ def _tile_kernel(
         total = _finished(total, bias, branch, b, row, output, m, n, rank, scaling, BIAS, RANK, INTERPRETED)
         to = out + row.to(tl.int64)[:, None] * outputs + output[None, :]
         tl.store(to, total.to(out.dtype.element_ty), mask=inside_out)
+
+
+@triton.jit
+def partial_sum(
+    x_row,
+    inside_rows,
+    first,
+    summed,
+    output,
+    first_output,
+    codes,
+    scales,
+    scale_absmax,
+    scale_offset,
+    table,
+    scale_table,
+    n,
+    k,
+    start,
+    scale_start,
+    SCALE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SUMMANDS: tl.constexpr,
+    GRAD: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # budget: a kernel's pointers and compile-time switches
+    """SUMMANDS terms, from `first` of `summed` on, of the products of rows of x with W: float32 [ROWS, OUTPUTS].
+
+    `output` [OUTPUTS], from `first_output` on, are rows of W, or with GRAD its columns. WIDEN multiplies in float32.
+    """
+    summand = first + tl.arange(0, SUMMANDS)
+    inside = inside_rows[:, None] & (summand < summed)[None, :]
+    factors = tl.load(x_row + summand[None, :], mask=inside, other=0.0)
+    if GRAD:
+        weights = weight_tile(
+            codes, scales, scale_absmax, scale_offset, table, scale_table, summand,
+            first_output, n, k, start, scale_start, SCALE_BITS, BLOCK, GROUP, SUMMANDS, OUTPUTS, SHUFFLE,
+        ).to(factors.dtype)  # fmt: skip
+    else:
+        tile = weight_tile(
+            codes, scales, scale_absmax, scale_offset, table, scale_table, output,
+            first, n, k, start, scale_start, SCALE_BITS, BLOCK, GROUP, OUTPUTS, SUMMANDS, SHUFFLE,
+        )  # fmt: skip
+        weights = tl.trans(tile.to(factors.dtype))
+    if WIDEN:
+        factors = factors.to(tl.float32)
+        weights = weights.to(tl.float32)
+    return dot(factors, weights, INTERPRETED)
 
 
 @triton.jit
