@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from halfbyte.errors import ShapeError
 from halfbyte.kernels.schema import PackedWeight
 
 KEY_BLOCK = 16  # positions side by side in the key cache
@@ -116,9 +117,14 @@ class Network:
         """Numbers in a head."""
         return self.cosine.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors are."""
+        return self.table.device
+
     def embed(self, tokens: Sequence[int]) -> torch.Tensor:
         """Token ids -> float32 [len(tokens), hidden], contiguous, the caller's own."""
-        rows = torch.nn.functional.embedding(torch.tensor(tokens), self.table)
+        rows = torch.nn.functional.embedding(torch.tensor(tokens, device=self.device), self.table)
         return rows.to(torch.float32, copy=rows.dtype == torch.float32).mul_(self.embedding_scale)
 
 
@@ -140,20 +146,46 @@ class Cache:
 
     @classmethod
     def empty(cls, network: Network, slots: int, dtype: torch.dtype) -> Cache:
-        """A cache for `slots` sequences of as many positions as there are angles; memory is taken when it is used."""
+        """A cache for `slots` sequences of as many positions as there are angles, beside the network.
+
+        The CPU takes memory when it is used, a GPU at once.
+        """
         positions, dim = network.cosine.shape
         shape = (len(network.layers), slots, network.kv_heads, positions)
-        keys = torch.empty((*shape[:-1], positions // KEY_BLOCK, dim, KEY_BLOCK), dtype=dtype)
-        values = torch.empty((*shape, dim), dtype=dtype)
-        if dtype != torch.int8:
-            return cls(keys, values)
-        return cls(keys, values, torch.empty(shape), torch.empty(shape))
+        with network.device:
+            keys = torch.empty((*shape[:-1], positions // KEY_BLOCK, dim, KEY_BLOCK), dtype=dtype)
+            values = torch.empty((*shape, dim), dtype=dtype)
+            if dtype != torch.int8:
+                return cls(keys, values)
+            return cls(keys, values, torch.empty(shape), torch.empty(shape))
+
+    @staticmethod
+    def bytes_of_slot(network: Network, dtype: torch.dtype) -> int:
+        """What a slot of an `empty` cache takes."""
+        positions, dim = network.cosine.shape
+        scale = torch.float32.itemsize if dtype == torch.int8 else 0
+        return 2 * len(network.layers) * network.kv_heads * positions * (dim * dtype.itemsize + scale)
+
+    @property
+    def slots(self) -> int:
+        """Sequences that it holds."""
+        return self.values.shape[1]
+
+    @property
+    def positions(self) -> int:
+        """Tokens of each."""
+        return self.values.shape[3]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, used or not."""
         tensors = (self.keys, self.values, self.key_scales, self.value_scales)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """One layer's keys, values and their scales."""
+        scales = (None if of_all is None else of_all[number] for of_all in (self.key_scales, self.value_scales))
+        return self.keys[number], self.values[number], *scales
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Give slot `target` the first `count` positions of slot `source`."""
@@ -197,3 +229,38 @@ class Decoder(Protocol):
 
     def set_adapters(self, adapters: Sequence[Branches]) -> None:
         """The adapters that mixes name by number; replaces all earlier ones."""
+
+
+class Step(NamedTuple):
+    """The arguments of `Decoder.step`."""
+
+    tokens: Sequence[int]
+    slots: Sequence[int]
+    positions: Sequence[int]
+    mixes: Sequence[Mix] | None
+    wanted: Sequence[int] | None
+
+    def check(self, network: Network, cache: Cache, adapters: int) -> None:
+        """Refuse what would be read or written outside of a tensor, by a kernel that has no bounds.
+
+        Raises:
+            ShapeError: there are no rows, or more than `STEP_ROWS`; or a slot, position, adapter or wanted row does not
+                exist.
+            IndexError: a token does not.
+        """
+        rows, slots, positions = len(self.tokens), self.slots, self.positions
+        lengths = {len(slots), len(positions), rows if self.mixes is None else len(self.mixes)}
+        if not 0 < rows <= STEP_ROWS or lengths != {rows}:
+            raise ShapeError(f"a step takes 1 to {STEP_ROWS} tokens, each with a slot and a position, not {rows}")
+        if min(slots) < 0 or max(slots) >= cache.slots:
+            raise ShapeError(f"slots {min(slots)} to {max(slots)}, and the cache has {cache.slots}")
+        if min(positions) < 0 or max(positions) >= cache.positions:
+            raise ShapeError(f"positions {min(positions)} to {max(positions)}, and the cache has {cache.positions}")
+        if any(not 0 <= adapter < adapters for mix in self.mixes or () for adapter, _ in mix):
+            raise ShapeError(f"a row names an adapter that is not among the {adapters} there are")
+        if self.wanted is not None and (len(self.wanted) > rows or any(not 0 <= row < rows for row in self.wanted)):
+            raise ShapeError(f"logits of the rows {list(self.wanted)} are asked for, and there are {rows}")
+        vocabulary = network.table.shape[0]
+        if min(self.tokens) < 0 or max(self.tokens) >= vocabulary:
+            wrong = min(self.tokens) if min(self.tokens) < 0 else max(self.tokens)
+            raise IndexError(f"token {wrong} is not among the {vocabulary} there are")

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 import halfbyte as hb
 from halfbyte.kernels import tuning
 from halfbyte.kernels.slots import make_options, random_keys
+from halfbyte.kernels.triton import attention, rowwise
 from halfbyte.kernels.triton.adamw import TritonBatch
 from halfbyte.kernels.triton.ops import OPS
 from halfbyte.kernels.triton.weights import _VERSION
@@ -36,6 +37,7 @@ TYPES = {
     torch.uint8: "*u8",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
 }
 SIZE = 256
 LINES = dict(tuning.GPU_TUNING)
@@ -81,7 +83,25 @@ def launches(capability: int) -> list[Launch]:
         group = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
         keys = random_keys(1, np.full(1, 1), np.arange(1))
         TritonBatch([slot]).step([torch.zeros(300)], [make_options(group, 1, 1.0)], [0], keys)
+    between_products(half)
     return caught
+
+
+def between_products(dtype: torch.dtype) -> None:
+    """What a decoder step launches besides products, of both kinds of cache."""
+    rows, dim, kv_heads = 4, 128, 2
+    x, norm = torch.zeros(rows, 8 * dim, dtype=dtype), torch.zeros(8 * dim)
+    rowwise.rms_norm(x, norm, 1e-5, x)
+    rowwise.gated(x, x, "silu")
+    rowwise.mix(x[:, :16].contiguous(), torch.zeros(rows, 2), (torch.zeros(16, dtype=torch.int32),) * 3)
+    heads = attention.Heads(x, *(x[:, : kv_heads * dim].contiguous() for _ in range(2)))
+    where = attention.Rows(torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
+    angles = attention.Angles(*(torch.zeros(4096, dim, dtype=dtype) for _ in range(2)))
+    for of_cache, norms in ((dtype, None), (torch.int8, norm[:dim])):
+        values = torch.zeros(1, kv_heads, 4096, dim, dtype=of_cache)
+        scales = torch.zeros(1, kv_heads, 4096)
+        cache = attention.LayerCache(values.view(1, kv_heads, 256, dim, 16), values, scales, scales)
+        attention.attend(heads, where, angles, cache, attention.Form(8, kv_heads, 0.1, 1e-5, 0, norms, norms))
 
 
 def compiled(launch: Launch, capability: int, shuffle: bool) -> Any:

@@ -20,7 +20,6 @@ from halfbyte.kernels.decoder import (
     KEY_BLOCK,
     MATRICES,
     PARTS,
-    STEP_ROWS,
     Branch,
     Branches,
     Cache,
@@ -29,6 +28,7 @@ from halfbyte.kernels.decoder import (
     Matrix,
     Mix,
     Network,
+    Step,
 )
 from halfbyte.kernels.schema import PackedWeight
 from halfbyte.kernels.tuning import FLOAT_ROWS
@@ -77,7 +77,7 @@ class _Decoder(ctypes.Structure):
     )
 
 
-class _Step(ctypes.Structure):
+class _CStep(ctypes.Structure):
     _fields_ = (
         *((name, _P) for name in ("hidden", "logits", "slot", "position", "mix", "adapter", "weight", "wanted")),
         ("nanoseconds", _P),
@@ -241,26 +241,10 @@ class NativeDecoder:
         mixes: Sequence[Mix] | None = None,
         wanted: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """See `Decoder.step`; at most `STEP_ROWS` rows.
-
-        Raises:
-            ShapeError: a slot, position, adapter or wanted row does not exist.
-            IndexError: a token does not.
-        """
-        rows, decoder = len(tokens), self._decoder
-        lengths = {len(slots), len(positions), rows if mixes is None else len(mixes)}
-        if not 0 < rows <= STEP_ROWS or lengths != {rows}:
-            raise ShapeError(f"a step takes 1 to {STEP_ROWS} tokens, each with a slot and a position, not {rows}")
-        if min(slots) < 0 or max(slots) >= decoder.slots:
-            raise ShapeError(f"slots {min(slots)} to {max(slots)}, and the cache has {decoder.slots}")
-        if min(positions) < 0 or max(positions) >= decoder.positions:
-            raise ShapeError(f"positions {min(positions)} to {max(positions)}, and the cache has {decoder.positions}")
+        """See `Decoder.step`; at most `STEP_ROWS` rows. Raises what `Step.check` does."""
+        Step(tokens, slots, positions, mixes, wanted).check(self.network, self.cache, self._adapters)
+        rows, chosen = len(tokens), range(len(tokens)) if wanted is None else wanted
         entries = [entry for mix in mixes or () for entry in mix]
-        if any(not 0 <= adapter < self._adapters for adapter, _ in entries):
-            raise ShapeError(f"a row names an adapter that is not among the {self._adapters} there are")
-        chosen = range(rows) if wanted is None else wanted
-        if len(chosen) > rows or any(not 0 <= row < rows for row in chosen):
-            raise ShapeError(f"logits of the rows {list(chosen)} are asked for, and there are {rows}")
         hidden = self.network.embed(tokens)
         out = torch.empty((len(chosen), self.network.head.n))
         begins = [0]
@@ -271,7 +255,7 @@ class NativeDecoder:
         adapter = (_L * len(entries))(*(number for number, _ in entries))
         weight = (_F * len(entries))(*(share for _, share in entries))
         wanted_rows = (_L * len(chosen))(*chosen)
-        step = _Step(
+        step = _CStep(
             hidden=hidden.data_ptr(),
             logits=out.data_ptr(),
             slot=ctypes.addressof(slot),
@@ -287,7 +271,7 @@ class NativeDecoder:
         self._run(step, len(chosen))
         return out
 
-    def _run(self, step: _Step, wanted: int) -> None:
+    def _run(self, step: _CStep, wanted: int) -> None:
         """Take a step through all layers and, if logits are wanted, the head, in the parts that `enter` asks for."""
         layers, at = len(self.network.layers), 0
         end = layers + 1 if wanted else layers

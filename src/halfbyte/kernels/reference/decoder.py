@@ -31,17 +31,19 @@ class TorchDecoder:
     def __init__(self, network: Network, cache: Cache, dtype: torch.dtype, enter: Enter | None = None) -> None:
         self.network, self.cache, self.dtype, self._enter = network, cache, dtype, enter
         self.adapters: Sequence[Branches] = ()
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        # A GPU computes behind the host: of a step only the whole is known, which ends when the logits have come.
+        self._parts = PARTS if network.device.type == "cpu" else ("forward",)
+        self.seconds = dict.fromkeys(self._parts, 0.0)
         self._lap_began = 0.0
         self._angles = network.cosine.to(dtype), network.sine.to(dtype)
-        self._final_norm = _narrow(network.final_norm, dtype)
+        self._final_norm = narrow(network.final_norm, dtype)
         self._layers = [
             replace(
                 layer,
-                attention_norm=_narrow(layer.attention_norm, dtype),
-                mlp_norm=_narrow(layer.mlp_norm, dtype),
-                query_norm=None if layer.query_norm is None else _narrow(layer.query_norm, dtype),
-                key_norm=None if layer.key_norm is None else _narrow(layer.key_norm, dtype),
+                attention_norm=narrow(layer.attention_norm, dtype),
+                mlp_norm=narrow(layer.mlp_norm, dtype),
+                query_norm=None if layer.query_norm is None else narrow(layer.query_norm, dtype),
+                key_norm=None if layer.key_norm is None else narrow(layer.key_norm, dtype),
             )
             for layer in network.layers
         ]
@@ -60,7 +62,7 @@ class TorchDecoder:
     ) -> torch.Tensor:
         """See `Decoder.step`."""
         self._lap_began = time.perf_counter()
-        network, at = self.network, torch.tensor(positions)
+        network, at = self.network, torch.tensor(positions, device=self.network.device)
         hidden = network.embed(tokens).to(self.dtype)
         groups = _groups(slots, mixes)
         angles = tuple(table[at][None] for table in self._angles)
@@ -79,7 +81,7 @@ class TorchDecoder:
             query, key = (torch.ops.halfbyte.rotary(heads[None], *angles, False)[0] for heads in (query, key))
             self._store(number, slots, at, key, value)
             mixed = [
-                self._attend(number, layer, slots[rows.start], at[rows], query[rows], key[rows], value[rows])
+                self._attend(number, layer, (slots[rows.start], positions[rows]), query[rows], key[rows], value[rows])
                 for rows, _ in groups
             ]
             mixed_rows = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
@@ -96,7 +98,7 @@ class TorchDecoder:
             hidden = hidden[list(wanted)]
         if len(hidden):
             self._wait(len(self._layers), following)
-        logits = self._product(self._norm(hidden, self._final_norm), network.head, None, ()).float()
+        logits = self._product(self._norm(hidden, self._final_norm), network.head, None, ()).float().cpu()
         self._lap("head")
         return logits
 
@@ -109,9 +111,9 @@ class TorchDecoder:
         return following
 
     def _lap(self, part: str) -> None:
-        """What was done since the last call belongs to `part`."""
+        """What was done since the last call belongs to `part`, where parts can be told."""
         now = time.perf_counter()
-        self.seconds[part] += now - self._lap_began
+        self.seconds[part if part in self._parts else self._parts[0]] += now - self._lap_began
         self._lap_began = now
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -136,7 +138,7 @@ class TorchDecoder:
         if isinstance(weight, PackedWeight):
             y: torch.Tensor = torch.ops.halfbyte.linear(*weight, matrix.n, x, bias)
         else:
-            y = _dense(x, weight, bias)
+            y = dense(x, weight, bias)
         for rows, mix in groups:
             for number, share in mix:
                 branch = None if where is None else self.adapters[number].get(where)
@@ -149,7 +151,7 @@ class TorchDecoder:
         self, layer: int, slots: Sequence[int], at: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Put keys and values [rows, kv_heads, head_dim] into the cache."""
-        cache, slot = self.cache, torch.tensor(slots)
+        cache, slot = self.cache, torch.tensor(slots, device=at.device)
         if cache.key_scales is not None and cache.value_scales is not None:
             key, cache.key_scales[layer, slot, :, at] = _to_bytes(key)
             value, cache.value_scales[layer, slot, :, at] = _to_bytes(value)
@@ -161,14 +163,14 @@ class TorchDecoder:
         self,
         layer: int,
         description: Layer,
-        slot: int,
-        at: torch.Tensor,
+        where: tuple[int, Sequence[int]],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
     ) -> torch.Tensor:
-        """Rows of one slot, at positions `at`, over all that the slot holds -> [rows, heads * head_dim]."""
-        count = int(at.max()) + 1
+        """Rows `where` (slot, positions), over all that the slot holds -> [rows, heads * head_dim]."""
+        slot, at = where
+        count = max(at) + 1
         if len(at) == count:  # nothing came before: the keys need not be read back
             keys, values = key.transpose(0, 1), value.transpose(0, 1)
         else:
@@ -177,10 +179,11 @@ class TorchDecoder:
         whole = len(at) == count and not (0 < description.window < count)
         mask = None
         if not whole:
-            positions = torch.arange(count)
-            mask = positions <= at[:, None]
+            positions = torch.arange(count, device=query.device)
+            own = torch.tensor(at, device=query.device)[:, None]
+            mask = positions <= own
             if description.window:
-                mask &= positions > at[:, None] - description.window
+                mask &= positions > own - description.window
         # Query heads that share a key head are the heads of one batch entry, over one key head that is seen repeated:
         # with `enable_gqa` torch would copy keys and values for each of them.
         group = self.network.heads // self.network.kv_heads
@@ -217,13 +220,13 @@ def _groups(slots: Sequence[int], mixes: Sequence[Mix] | None) -> list[tuple[sli
     return groups
 
 
-def _narrow(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def narrow(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`weight` in `dtype` if that changes no number, as it is else: norms multiply in float32 in any case."""
     narrow = weight.to(dtype)
     return narrow if torch.equal(narrow.to(weight.dtype), weight) else weight
 
 
-def _dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + bias in x's dtype, multiplied in the wider of the two dtypes; a large W is widened in parts."""
     if x.dtype == weight.dtype:
         return functional.linear(x, weight, bias)

@@ -29,7 +29,7 @@ _MOST_RANK = 128  # of an adapter whose branch is added in registers
 def linear(*args: Any) -> torch.Tensor:
     """`halfbyte::linear`: packed [out_features, K], x [..., K], bias [out_features] or None -> [..., out], as x."""
     n, x, bias = args[9:]
-    return _forward(args, n, x, bias)
+    return multiply(args, n, x, bias)
 
 
 def linear_lora(*args: Any) -> torch.Tensor:
@@ -40,9 +40,11 @@ def linear_lora(*args: Any) -> torch.Tensor:
     """
     n, x, bias, a, b, scaling, rows = args[9:]
     check_adapters(x, n, a, b, scaling, rows)
-    if len(a) == 1 and rows[0] == x.shape[:-1].numel() and 0 < len(a[0]) <= _MOST_RANK:
-        return _forward(args, n, x, bias, (a[0], b[0], scaling[0]))
-    return add_branches(_forward(args, n, x, bias), x, a, b, scaling, rows)
+    have = x.shape[:-1].numel()
+    if len(a) == 1 and rows[0] == have and 0 < len(a[0]) <= _MOST_RANK:
+        inputs = x.reshape(have, x.shape[-1]) @ a[0].to(x.dtype).t()
+        return multiply(args, n, x, bias, Branch(inputs, b[0], scaling[0]))
+    return add_branches(multiply(args, n, x, bias), x, a, b, scaling, rows)
 
 
 def linear_grad_input(*args: Any) -> torch.Tensor:
@@ -61,39 +63,46 @@ def linear_grad_input(*args: Any) -> torch.Tensor:
     return out
 
 
-def _forward(
-    args: tuple[Any, ...],
-    n: int,
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+def multiply(
+    args: tuple[Any, ...], n: int, x: torch.Tensor, bias: torch.Tensor | None, branch: Branch | None = None
 ) -> torch.Tensor:
-    """y = x W^T + bias, and scaling * (x A^T) B^T of `adapter` (A, B, scaling)."""
-    dtype, k = x.dtype, x.shape[-1]
+    """x [..., k] W^T + bias, and an adapter's branch -> [..., n], as x.
+
+    Args:
+        args: begins with the nine fields of the packed W [n, k].
+        n: rows of W.
+        x: any floating dtype, on W's device.
+        bias: [n], x's dtype, or None.
+        branch: of all rows; rank 1 or more. Where the kernel does not take it, it is added to the rounded product.
+
+    Raises:
+        ShapeError: the bias does not fit.
+    """
+    dtype, k, rows = x.dtype, x.shape[-1], x.shape[:-1].numel()
     if not takes(dtype, x.device) or not x.numel() or not n:
-        y = reference.OPS["linear"](*args[:9], n, x, bias)
-        return y if adapter is None else _with_branch(y, x, *adapter)
+        return _with_branch(reference.OPS["linear"](*args[:9], n, x, bias), branch)
     weight = weight_beside(args, n * k, x)
     if bias is not None and (bias.dtype != dtype or bias.shape != (n,) or bias.device != x.device):
         raise ShapeError(f"the bias is {bias.dtype} {tuple(bias.shape)}, the product needs {dtype} ({n},)")
-    rows, tuning = x.shape[:-1].numel(), gpu_tuning(x.device)
+    tuning = gpu_tuning(x.device)
     group = shared_scales(weight, k)
     by_vector = rows <= tuning.vector_rows
     if not group or not (by_vector or (rows <= tuning.linear_rows and dtype != torch.float32)):
-        y = torch.nn.functional.linear(x, decode(weight, n * k, dtype).view(n, k), bias)
-        return y if adapter is None else _with_branch(y, x, *adapter)
-    x = x.contiguous()
+        return _with_branch(torch.nn.functional.linear(x, decode(weight, n * k, dtype).view(n, k), bias), branch)
     bias = None if bias is None else bias.contiguous()
-    branch = None
-    if adapter is not None:
-        a, b, scaling = adapter
-        b = b if takes(b.dtype, x.device) else b.to(dtype)
-        branch = Branch(x.view(rows, k) @ a.to(dtype).t(), b.contiguous(), scaling)
+    later = None
+    if branch is not None and branch.b.shape[-1] > _MOST_RANK:
+        branch, later = None, branch
+    if branch is not None:
+        b = branch.b if takes(branch.b.dtype, x.device) else branch.b.to(dtype)
+        branch = branch._replace(b=b.contiguous())
     out = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
     kernel = vector if by_vector else tiles
-    kernel.multiply(Product(weight, group, rows, n, k, x, out, bias, branch), tuning)
-    return out
+    kernel.multiply(Product(weight, group, rows, n, k, x.contiguous(), out, bias, branch), tuning)
+    return _with_branch(out, later)
 
 
-def _with_branch(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    return add_branches(y, x, [a], [b], [scaling], [x.shape[:-1].numel()])
+def _with_branch(y: torch.Tensor, branch: Branch | None) -> torch.Tensor:
+    if branch is not None:
+        y.view(len(branch.inputs), y.shape[-1]).addmm_(branch.inputs, branch.b.to(y.dtype).t(), alpha=branch.scaling)
+    return y
