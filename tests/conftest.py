@@ -29,7 +29,7 @@ import torch  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Where Triton's kernels are called, ours and others': on a card, or by its interpreter in a process started for that.
-TRITON = ("tests/kernels/triton", "tests/nn/liger")
+TRITON = ("tests/kernels/triton", "tests/nn/liger", "tests/infer/test_engine_on_triton")
 
 if PARALLEL:
     torch.set_num_threads(1)  # the workers share the cores already

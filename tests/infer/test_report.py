@@ -66,7 +66,7 @@ def made_run(**changes):
     shares = {"prompt": 0.1, "step": 0.82, "sampling": 0.04, "rest": 0.04}
     costs = ProductCosts(7, 10**9, 1.0, 0.97, 0.2)
     cores = this_machine().cores
-    run = Run("a decoder", 1.0, 0.1, 10, 10, shares, parts, float(cores), cores, costs, None)
+    run = Run("a decoder", 1.0, 0.1, 10, 10, shares, parts, float(cores), cores, costs, None, None)
     return replace(run, **changes)
 
 

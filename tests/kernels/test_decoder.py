@@ -7,13 +7,14 @@ import time
 
 import pytest
 import torch
-from networks import SHAPES, VOCABULARY, branches, matrix, network
+from networks import SHAPES, VOCABULARY, branches, matrix, moved, network
 
 from halfbyte.errors import ShapeError
 from halfbyte.kernels import cpu
 from halfbyte.kernels.cpu.decoder import NativeDecoder
 from halfbyte.kernels.cpu.library import Native
 from halfbyte.kernels.decoder import PARTS, STEP_ROWS, Branch, Cache
+from halfbyte.kernels.reference import decoder as reference
 from halfbyte.kernels.reference.decoder import TorchDecoder
 
 NATIVE = cpu.native_library()
@@ -202,3 +203,17 @@ def test_bad_input_is_refused_before_a_pointer_is_handed_out():
         NativeDecoder(NATIVE, net, cache, torch.float16)
     with pytest.raises(ShapeError):
         NativeDecoder(NATIVE, net, Cache(cache.keys, cache.values.transpose(1, 2)), torch.float32)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+def test_torch_operations_ask_a_device_for_nothing_but_the_logits(monkeypatch, cache_dtype):
+    """On tensors without data, which can neither be read nor meet one of the CPU: as on a card, in any order."""
+    monkeypatch.setattr(reference, "narrow", lambda weight, dtype: weight.to(dtype))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)
+    net = moved(network("groups of two", norms=True, bias=True, window=5), "meta")
+    decoder = TorchDecoder(net, Cache.empty(net, 3, cache_dtype), torch.bfloat16)
+    decoder.set_adapters([moved(branches(net, 4), "meta")])
+    rows = [1] * 40, [0] * 20 + [2] * 20, [*range(20)] * 2
+    assert decoder.step(*rows, [[(0, 1.0)]] * 40, [39]).shape == (1, VOCABULARY)
+    assert decoder.step([1] * 4, [0] * 4, [20, 21, 22, 23]).shape == (4, VOCABULARY)
+    assert tuple(decoder.seconds) == ("forward",)

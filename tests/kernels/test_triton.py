@@ -42,6 +42,8 @@ def test_kernels_equal_the_reference_under_the_interpreter(subjects, tmp_path):
     """`tests/kernels/triton`, which a card runs as it is."""
     options = ["-q", "-W", "ignore::RuntimeWarning", "-o", f"cache_dir={tmp_path}", "-p", "no:xdist"]
     files = [str(HERE / "triton" / f"test_{subject}.py") for subject in subjects]
+    if "decoder" in subjects:
+        files.append(str(HERE.parent / "infer" / "test_engine_on_triton.py"))
     said = run("-m", "pytest", *files, *options, TRITON_INTERPRET="1")
     assert "passed" in said
 

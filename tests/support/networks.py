@@ -76,3 +76,18 @@ def branches(net, rank, dtype=torch.float32, skip=()):
         for name, m in layer.matrices.items()
         if name not in skip
     }
+
+
+def moved(value, device):
+    """A network with its tensors on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [moved(item, device) for item in value]
+    if hasattr(value, "_replace"):
+        return type(value)(*(moved(item, device) for item in value))
+    if hasattr(value, "__dataclass_fields__"):
+        return type(value)(**{name: moved(getattr(value, name), device) for name in value.__dataclass_fields__})
+    return value

@@ -26,6 +26,11 @@ MaxMemory = Annotated[
     ),
 ]
 
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:NUMBER; by default the first card, or the CPU where there is none."),
+]
+
 
 def memory_size(text: str) -> int:
     """Bytes of a size like 6GiB, 1.5GB or 300MB.
@@ -56,7 +61,9 @@ def named_adapters(options: Iterable[str]) -> dict[str, Path]:
     return found
 
 
-def open_engine(model: str, adapters: dict[str, Path], max_memory: str | None = None, **options: Any) -> Engine:
+def open_engine(
+    model: str, adapters: dict[str, Path], max_memory: str | None = None, device: str | None = None, **options: Any
+) -> Engine:
     """The engine of an archive, a model folder, a hub name, an adapter folder or a run directory.
 
     An adapter's own recipe says how its base was quantized; the adapter was fitted to exactly those weights. An adapter
@@ -64,12 +71,14 @@ def open_engine(model: str, adapters: dict[str, Path], max_memory: str | None = 
 
     Raises:
         CheckpointError: see `load_model`; or an adapter whose base is not named.
-        RequestError: a classifier, which writes no answers; or `max_memory` is no size.
+        RequestError: a classifier, which writes no answers; `max_memory` is no size; or there is no such device.
     """
     from halfbyte.infer import Engine
+    from halfbyte.infer.placement import choose_device
 
     base = model
     memory = None if max_memory is None else memory_size(max_memory)
+    place = str(choose_device(device))
     for path in (Path(model), *adapters.values()):
         _refuse_classifier(path)
     if (Path(model) / ADAPTER_CONFIG).is_file():
@@ -79,7 +88,7 @@ def open_engine(model: str, adapters: dict[str, Path], max_memory: str | None = 
         if not base:
             raise CheckpointError(f"adapter {own} does not name its base; give the base as MODEL and --adapter {own}.")
     loaded, tokenizer = _load(base, list(adapters.values()))
-    return Engine(loaded, adapters, tokenizer=tokenizer, max_memory=memory, **options)
+    return Engine(loaded, adapters, tokenizer=tokenizer, device=place, max_memory=memory, **options)
 
 
 def load_adapted(base: str, adapter: Path) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -91,12 +100,15 @@ def load_adapted(base: str, adapter: Path) -> tuple[Any, PreTrainedTokenizerBase
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from halfbyte.infer.placement import choose_device
+
     if not (adapter / "adapter_model.safetensors").is_file():
         raise CheckpointError(
             f"adapter {adapter} has no adapter_model.safetensors; other files (pickles) are not read."
         )
     loaded, tokenizer = _load(base, [adapter])
     try:
+        loaded.to(choose_device(None))
         return PeftModel.from_pretrained(loaded, str(adapter)), tokenizer
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -105,8 +117,6 @@ def load_adapted(base: str, adapter: Path) -> tuple[Any, PreTrainedTokenizerBase
 
 def _load(base: str, adapters: list[Path]) -> tuple[Any, PreTrainedTokenizerBase]:
     """A base as its adapters were trained on it, but without them, and their tokenizer."""
-    import torch
-
     from halfbyte import env
     from halfbyte.models import load_model, load_tokenizer, other_base, resize_vocabulary
 
@@ -122,7 +132,7 @@ def _load(base: str, adapters: list[Path]) -> tuple[Any, PreTrainedTokenizerBase
     resize_vocabulary(loaded, rows)
     with_tokenizer = next((path for path in adapters if (path / "tokenizer_config.json").is_file()), None)
     tokenizer = load_tokenizer(with_tokenizer or base)  # an adapter's has the chat template of its training
-    return (loaded.to("cuda") if torch.cuda.is_available() else loaded), tokenizer
+    return loaded, tokenizer
 
 
 def _load_as_trained(base: str, recipe: Path) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.answering import MaxMemory, named_adapters, open_engine
+from halfbyte.cli.answering import Device, MaxMemory, named_adapters, open_engine
 from halfbyte.errors import RequestError, nearest
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def chat(
     markdown: Annotated[bool, typer.Option(help="Show answers as Markdown, where this is a terminal.")] = True,
     drafts: Annotated[int, typer.Option(min=0, max=32, help="Tokens that prompt lookup proposes at a time.")] = 0,
     max_memory: MaxMemory = None,
+    device: Device = None,
     quantize_head: Annotated[
         bool, typer.Option(help="Quantize the output layer too: faster, not the same numbers.")
     ] = False,
@@ -51,7 +52,7 @@ def chat(
     params = SamplingParams(max_new_tokens, temperature, top_p=top_p, seed=seed)
     console = Console(highlight=False)
     options: dict[str, Any] = {"slots": 1, "drafts": drafts, "quantize_head": quantize_head}
-    with open_engine(model, named_adapters(adapter or ()), max_memory, **options) as engine:
+    with open_engine(model, named_adapters(adapter or ()), max_memory, device, **options) as engine:
         talk = Conversation(engine, params, console, markdown and console.is_terminal, system)
         talk.adapter = next(iter(engine.adapters), None)
         console.print(f"{model}: {engine.decoder}. /help shows what else can be typed.", style="dim", markup=False)

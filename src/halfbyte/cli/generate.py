@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.answering import MaxMemory, named_adapters, open_engine
+from halfbyte.cli.answering import Device, MaxMemory, named_adapters, open_engine
 
 if TYPE_CHECKING:
     from halfbyte.infer import Engine, SamplingParams
@@ -29,6 +29,7 @@ def generate(
         bool, typer.Option(help="Quantize the output layer too: faster, not the same numbers.")
     ] = False,
     max_memory: MaxMemory = None,
+    device: Device = None,
     report: Annotated[bool, typer.Option("--report", help="Say what the run cost, on standard error.")] = False,
     report_against: Annotated[
         str | None,
@@ -41,7 +42,7 @@ def generate(
 
     params = SamplingParams(max_new_tokens, temperature, top_p=top_p, seed=seed, stop=tuple(stop or ()))
     before = resident()
-    with open_engine(model, named_adapters(adapter or ()), max_memory, quantize_head=quantize_head) as engine:
+    with open_engine(model, named_adapters(adapter or ()), max_memory, device, quantize_head=quantize_head) as engine:
         conversations = [[{"role": "user", "content": text}] for text in prompt]
         mix = dict.fromkeys(engine.adapters, 1.0)
         if report or report_against is not None:
@@ -78,7 +79,7 @@ def _report(
         ours = [engine.logits(text) for text in texts]
         start = resident()
         dense = load_model(against, dtype=torch.bfloat16)
-        with Engine(dense, tokenizer=engine.tokenizer, dtype="bfloat16") as original:
+        with Engine(dense, tokenizer=engine.tokenizer, device=str(engine.device), dtype="bfloat16") as original:
             _, runs["16 bits"] = measure(original, conversations, params, before=start)
             apart = distance(ours, [original.logits(text) for text in texts])
     typer.echo(render(runs, apart), err=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.answering import MaxMemory, named_adapters, open_engine
+from halfbyte.cli.answering import Device, MaxMemory, named_adapters, open_engine
 from halfbyte.errors import RequestError
 
 _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
@@ -39,6 +39,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of one request.")] = 1 << 20,
     cache_dtype: Annotated[str | None, typer.Option(help="Keys and values in float32, bfloat16 or int8.")] = None,
     max_memory: MaxMemory = None,
+    device: Device = None,
     quantize_head: Annotated[
         bool, typer.Option(help="Quantize the output layer too: faster, not the same numbers.")
     ] = False,
@@ -58,6 +59,7 @@ def serve(
         model,
         named_adapters(adapter or ()),
         max_memory,
+        device,
         slots=slots,
         queue_limit=queue,
         max_length=max_length,

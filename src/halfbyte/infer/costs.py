@@ -49,7 +49,9 @@ class ProductCosts:
 
 
 def product_costs(network: Network) -> ProductCosts | None:
-    """Measure. Takes some tenths of a second; None where no matrix of the layers is packed."""
+    """Measure. Takes some tenths of a second; None where no matrix of the layers is packed, or they are on a card."""
+    if network.device.type != "cpu":
+        return None
     chosen: list[tuple[PackedWeight, int, int]] = []
     nbytes = 0
     for layer in network.layers:

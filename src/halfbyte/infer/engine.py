@@ -1,7 +1,8 @@
 """`Engine`: a 4-bit model and its adapters, answering.
 
-Models of the Llama family run in the native decoder, prompts through the same network in torch operations, whose
-products have many rows. Every other model runs through transformers' own forward, and `engine.decoder` says why.
+Models of the Llama family run in the native decoder, or on a card in a CUDA graph of Triton's kernels; prompts go
+through the same network in torch operations, whose products have many rows. Every other model runs through
+transformers' own forward, and `engine.decoder` says why.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import torch
 from halfbyte.data import Message, Renderer
 from halfbyte.errors import CheckpointError, RequestError, nearest
 from halfbyte.infer.costs import ProductCosts, product_costs
+from halfbyte.infer.few_rows import few_rows_decoder
 from halfbyte.infer.network import NotCoveredError, branches, check_covered, make_network
 from halfbyte.infer.offload import Offload, make_offload
+from halfbyte.infer.placement import choose_device, slots_that_fit
 from halfbyte.infer.requests import Adapters, Completion, Event, Handle, Request, normalize_adapters
 from halfbyte.infer.sampling import SamplingParams
 from halfbyte.infer.scheduler import Scheduler, Statistics
 from halfbyte.infer.transformers_decoder import TransformersDecoder
-from halfbyte.kernels import cpu
 from halfbyte.kernels.cpu.decoder import NativeDecoder
 from halfbyte.kernels.decoder import STEP_ROWS, Branches, Cache, Matrix, Mix, Network
 from halfbyte.kernels.reference.decoder import TorchDecoder
@@ -35,9 +37,11 @@ from halfbyte.tensor import quantize
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from halfbyte.kernels.triton.decoder import TritonDecoder
+
 Prompt = str | Sequence[Message] | Sequence[int]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_CACHES = {**_DTYPES, "int8": torch.int8}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CACHES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _DEFAULT_LENGTH = 4096
 _MIB = 2**20
 
@@ -50,22 +54,24 @@ class Engine:
         adapters: name -> adapter folder (peft's format).
         tokenizer: None: the one that lies with the model.
         quantization: how a model that is not quantized yet is to be; None: as it is stored.
-        dtype: "bfloat16" or "float32", of the activations that enter products; None: the model's own compute dtype.
-            Everything between the products is float32.
+        device: "cpu", "cuda" or "cuda:1"; None: the first card if there is one, and a loaded model stays where it is.
+        dtype: "bfloat16", "float16" (on a card only) or "float32", of the activations that enter products; None: the
+            model's own compute dtype. On the CPU everything between the products is float32.
         max_length: tokens of prompt and answer together; None: the model's own limit, 4,096 at most.
-        slots: sequences that are answered at the same time.
+        slots: sequences that are answered at the same time; fewer where a card has no memory for so many.
         cache_dtype: "float32", "bfloat16" or "int8", of keys and values; None: as `dtype`.
         quantize_head: put an output layer that is dense into NF4: faster, and not the same numbers.
         drafts: tokens that prompt lookup proposes at a time; 0: none. Greedy answers stay the same.
         queue_limit: requests that may wait for a slot.
-        max_memory: bytes that weights of a mapped file may take up; None: what is available. Where they do not fit,
-            some layers stay in memory and the others are read from the file at each step (`offload.py`).
+        max_memory: bytes that weights of a mapped file may take up, on the CPU; None: what is available. Where they do
+            not fit, some layers stay in memory and the others are read from the file at each step (`offload.py`).
         verify: compare an archive's checksums first, which reads it once.
 
     Attributes:
         decoder: what runs the model, with the reason, in a sentence.
         drafts: as given; 0 where the decoder cannot verify them.
-        offload: has weights read that do not fit into the memory; None where the decoder is transformers'.
+        offload: has weights read that do not fit into the memory; None on a card, or where the decoder is
+            transformers'.
 
     Raises:
         CheckpointError: see `load_model`; or an adapter that does not fit.
@@ -80,6 +86,7 @@ class Engine:
         *,
         tokenizer: Any = None,
         quantization: HalfbyteConfig | None = None,
+        device: str | None = None,
         dtype: str | None = None,
         max_length: int | None = None,
         slots: int = 8,
@@ -98,7 +105,14 @@ class Engine:
         if max_memory is not None and max_memory < 0:
             raise RequestError(f"max_memory is {max_memory}; give bytes, 0 or more.")
         loaded = not isinstance(path, str | Path)
+        place = path.device if loaded and device is None else choose_device(device)
+        if dtype == "float16" and place.type == "cpu":
+            raise RequestError("dtype 'float16' is offered on a card only; the nearest here is 'float32'.")
+        if max_memory is not None and place.type != "cpu":
+            raise RequestError(f"max_memory is for the CPU, and the model would be on {place}; choose device cpu.")
         self.model = path if loaded else load_model(path, quantization=quantization, verify=verify)
+        if self.model.device != place:
+            self.model.to(place)
         self.model.eval()
         if tokenizer is None:
             tokenizer = load_tokenizer(self.model.name_or_path if loaded else path)
@@ -109,53 +123,50 @@ class Engine:
         self._dtype = _compute_dtype(self.model) if dtype is None else _DTYPES[dtype]
         self._names: list[str] = []
         self._branches: dict[str, Branches] = {}
-        self._native: NativeDecoder | None = None
+        self._few: NativeDecoder | TritonDecoder | None = None  # takes steps of few rows
         self._torch: TorchDecoder | None = None
         self._fallback: TransformersDecoder | None = None
         self.offload: Offload | None = None
         for name, folder in (adapters or {}).items():
             self._attach(name, Path(folder))
-        self.decoder = self._make_decoder(_CACHES.get(cache_dtype or "", self._dtype), slots, quantize_head, max_memory)
+        self.slots = slots
+        self.decoder = self._make_decoder(_CACHES.get(cache_dtype or "", self._dtype), quantize_head, max_memory)
         if self.offload is not None and self.offload.offloaded:
             here, size = self.offload.nbytes - self.offload.offloaded, self.offload.nbytes
             self.decoder += f"; {here / _MIB:.0f} of {size / _MIB:.0f} MiB of weights fit into the memory"
-        decode: Any = self._native or self._torch or self._fallback
+        decode: Any = self._few or self._torch or self._fallback
         cache = self._torch.cache if self._torch is not None else None
         self.drafts = drafts if cache is not None else 0
         self._scheduler = Scheduler(
             decode.step,
             self._torch.step if self._torch is not None else None,
             None if cache is None else cache.copy,
-            slots,
+            self.slots,
             queue_limit,
             self.drafts,
             self._mix,
         )
 
-    def _make_decoder(self, cache_dtype: torch.dtype, slots: int, quantize_head: bool, max_memory: int | None) -> str:
+    def _make_decoder(self, cache_dtype: torch.dtype, quantize_head: bool, max_memory: int | None) -> str:
         try:
-            if self.model.device.type != "cpu":
-                raise NotCoveredError(f"it is on {self.model.device}")
             check_covered(self.model)
             self._branches = {name: branches(self.model, name, self._dtype) for name in self._names}
             network = make_network(self.model, self.max_length, self._dtype)
         except NotCoveredError as reason:
-            self._fallback = TransformersDecoder(self.model, slots)
+            self._fallback = TransformersDecoder(self.model, self.slots)
             self._set_names(self._names)
             return f"transformers' own forward, because {reason}"
         if quantize_head:
             network = _with_quantized_head(network)
-        cache = Cache.empty(network, slots, cache_dtype)
-        self.offload = make_offload(network, max_memory)
-        enter = self.offload.enter
+        asked, self.slots = self.slots, slots_that_fit(network, cache_dtype, self.slots)
+        cache = Cache.empty(network, self.slots, cache_dtype)
+        if network.device.type == "cpu":
+            self.offload = make_offload(network, max_memory)
+        enter = None if self.offload is None else self.offload.enter
         self._torch = TorchDecoder(network, cache, self._dtype, enter)
-        native = cpu.native_library()
-        if isinstance(native, cpu.Missing):
-            self._set_names(self._names)
-            return f"torch operations, because {native.reason}; {native.remedy}"
-        self._native = NativeDecoder(native, network, cache, self._dtype, enter)
+        self._few, told = few_rows_decoder(network, cache, self._dtype, enter)
         self._set_names(self._names)
-        return f"the native decoder, {native.isa}"
+        return told if self.slots == asked else f"{told}; its memory has room for {self.slots} of {asked} slots"
 
     # ------------------------------------------------------------------------------------------------------- adapters
     @property
@@ -240,7 +251,7 @@ class Engine:
 
     def _set_names(self, names: list[str]) -> None:
         self._names = names
-        for decoder in (self._native, self._torch):
+        for decoder in (self._few, self._torch):
             if decoder is not None:
                 decoder.set_adapters([self._branches[name] for name in names])
         if self._fallback is not None:
@@ -358,7 +369,7 @@ class Engine:
 
         def take() -> Statistics:
             counts = copy.deepcopy(self.statistics)
-            for decoder in (self._native, self._torch, self._fallback):
+            for decoder in (self._few, self._torch, self._fallback):
                 for part, seconds in (decoder.seconds if decoder is not None else {}).items():
                     counts.parts[part] = counts.parts.get(part, 0.0) + seconds
             if self.offload is not None and self.offload.offloaded:
@@ -367,6 +378,12 @@ class Engine:
 
         counts: Statistics = self._scheduler.between_steps(take)
         return counts
+
+    @property
+    def device(self) -> torch.device:
+        """What the model is on."""
+        device: torch.device = self.model.device
+        return device
 
     @property
     def network(self) -> Network | None:
@@ -428,10 +445,11 @@ class Engine:
 
 
 def _compute_dtype(model: Any) -> torch.dtype:
-    """What the model's layers compute in; float32 stands for float16, which CPUs have no fast products of."""
+    """What the model's layers compute in; float32 stands for float16 on CPUs, which have no fast products of it."""
     layer = next((module for module in model.modules() if isinstance(module, Linear4bit)), None)
-    dtype = (layer.compute_dtype if layer is not None else None) or model.dtype
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    dtype: torch.dtype = (layer.compute_dtype if layer is not None else None) or model.dtype
+    offered = dtype == torch.bfloat16 or (dtype == torch.float16 and model.device.type != "cpu")
+    return dtype if offered else torch.float32
 
 
 def _with_quantized_head(network: Network) -> Network:

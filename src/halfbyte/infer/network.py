@@ -45,9 +45,9 @@ def make_network(model: Any, positions: int, dtype: torch.dtype) -> Network:
     """The network of a transformers causal language model, sharing its packed weights.
 
     Args:
-        model: from `load_model`, on the CPU, with or without peft's layers on it (adapters are not part of a network).
+        model: from `load_model`, on one device, with or without peft's layers, whose adapters are not part of it.
         positions: tokens of the longest sequence; rounded up to a multiple of 16.
-        dtype: of activations. A matrix that the few-row products do not take is decoded into it, once.
+        dtype: of activations. A matrix that the CPU's few-row products do not take is decoded into it, once.
 
     Raises:
         NotCoveredError: why the decoder does not run it.
@@ -62,8 +62,9 @@ def make_network(model: Any, positions: int, dtype: torch.dtype) -> Network:
     if rope not in _STATIC_ROPE:
         raise NotCoveredError(f"its rotary angles are of type {rope!r}, which depend on the length")
     count = -(-positions // KEY_BLOCK) * KEY_BLOCK
-    hidden = torch.empty(1, dtype=torch.float32)
-    cosine, sine = (table[0].float().contiguous() for table in base.model.rotary_emb(hidden, torch.arange(count)[None]))
+    hidden = torch.empty(1, dtype=torch.float32, device=base.device)
+    positions_of_all = torch.arange(count, device=base.device)[None]
+    cosine, sine = (table[0].float().contiguous() for table in base.model.rotary_emb(hidden, positions_of_all))
     attention = base.model.layers[0].self_attn
     head_dim = attention.head_dim
     if cosine.shape[1] != head_dim:
@@ -152,4 +153,5 @@ def _matrix(module: Any, dtype: torch.dtype) -> Matrix:
             weight = weight.to(dtype)
         return Matrix(weight.contiguous(), n, k, bias)
     packed = weight.packed()
-    return Matrix(packed if takes_few_rows(packed, k) else weight.dequantize(dtype), n, k, bias)
+    taken = weight.device.type != "cpu" or takes_few_rows(packed, k)
+    return Matrix(packed if taken else weight.dequantize(dtype), n, k, bias)

@@ -54,6 +54,7 @@ class Run:
         costs: of the products with packed weights; None: there are none.
         advice: what to change, by what was measured; sentences.
         resident: bytes that the process held after the run more than at `before`; None: the system does not say.
+        on_card: bytes that tensors took at most on the card; None: the model is not on one.
     """
 
     decoder: str
@@ -67,6 +68,7 @@ class Run:
     threads: int
     costs: ProductCosts | None
     resident: int | None
+    on_card: int | None
     advice: tuple[str, ...] = ()
 
     @property
@@ -143,6 +145,7 @@ def measure(
         torch.get_num_threads(),
         engine.product_costs(),
         after - before if after is not None and before is not None else None,
+        None if engine.device.type == "cpu" else torch.cuda.max_memory_allocated(engine.device),
     )
     texts = [([*engine.token_ids(prompt)], answer) for prompt, answer in zip(asked, answers, strict=True)]
     return answers, replace(run, advice=tuple(advise(engine, run, texts, params)))
@@ -162,7 +165,9 @@ def advise(
     computing = run.shares["prompt"] + run.shares["step"]
     available = this_machine().cores
     wanted = run.threads * computing + 1 - computing
-    if run.threads < available:
+    if engine.device.type != "cpu":
+        pass  # its cores only hand over work
+    elif run.threads < available:
         yield f"torch computes with {run.threads} of {available} cores: set OMP_NUM_THREADS={available}."
     elif run.cores > run.threads + _SPINNING:
         yield f"{run.cores:.1f} cores were busy for {run.threads} threads: set OMP_WAIT_POLICY=PASSIVE."
@@ -177,7 +182,7 @@ def advise(
             "so much more memory would end it."
         )
     network = engine.network
-    if network is not None and isinstance(network.head.weight, torch.Tensor) and run.parts["head"] > _NOTABLE:
+    if network is not None and isinstance(network.head.weight, torch.Tensor) and run.parts.get("head", 0.0) > _NOTABLE:
         now, then = network.head.weight.nbytes, network.head.n * network.head.k * _NF4_BITS // 8
         yield (
             f"the output layer is dense and took {run.parts['head']:.0%}: quantized (quantize_head) it would be "
@@ -185,7 +190,7 @@ def advise(
         )
     if run.parts.get("attention", 0.0) > _NOTABLE and engine.cache_dtype in (torch.float32, torch.bfloat16):
         yield f"attention took {run.parts['attention']:.0%}: cache_dtype int8 would let it read half as much or less."
-    if run.costs is not None and run.parts["products"] > _NOTABLE:
+    if run.costs is not None and run.parts.get("products", 0.0) > _NOTABLE:
         shares = run.costs.shares
         if shares["reading"] > 0.5:
             yield (
@@ -252,7 +257,8 @@ def render(runs: Mapping[str, Run], apart: Distance | None = None) -> str:
         ("time to first token", *(f"{1000 * run.seconds_to_first:.1f} ms" for run in measured)),
         ("tokens a second", *(f"{run.tokens_a_second:.1f}" for run in measured)),
         ("tokens read, written", *(f"{run.prompt_tokens}, {run.written_tokens}" for run in measured)),
-        ("memory", *("unknown" if run.resident is None else f"{run.resident / _MIB:.1f} MiB" for run in measured)),
+        ("memory", *("unknown" if run.resident is None else _mebibytes(run.resident) for run in measured)),
+        *([("of the card", *(_mebibytes(run.on_card or 0) for run in measured))] if measured[0].on_card else []),
         *((f"  {part}", *(_percent(run.shares[part]) for run in measured)) for part in measured[0].shares),
         ("prompts and steps, by part", *("" for _ in measured)),
         *((f"  {part}", *(_percent(run.parts.get(part)) for run in measured)) for part in names),
@@ -279,6 +285,10 @@ def render(runs: Mapping[str, Run], apart: Distance | None = None) -> str:
             f"same likeliest token {100 * apart.same:.1f} %"
         )
     return "\n".join(lines)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / _MIB:.1f} MiB"
 
 
 def _percent(share: float | None) -> str:

@@ -184,8 +184,10 @@ class Cache:
 
     def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """One layer's keys, values and their scales."""
-        scales = (None if of_all is None else of_all[number] for of_all in (self.key_scales, self.value_scales))
-        return self.keys[number], self.values[number], *scales
+        of_keys, of_values = (
+            None if scales is None else scales[number] for scales in (self.key_scales, self.value_scales)
+        )
+        return self.keys[number], self.values[number], of_keys, of_values
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Give slot `target` the first `count` positions of slot `source`."""

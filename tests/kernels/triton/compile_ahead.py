@@ -93,7 +93,7 @@ def between_products(dtype: torch.dtype) -> None:
     x, norm = torch.zeros(rows, 8 * dim, dtype=dtype), torch.zeros(8 * dim)
     rowwise.rms_norm(x, norm, 1e-5, x)
     rowwise.gated(x, x, "silu")
-    rowwise.mix(x[:, :16].contiguous(), torch.zeros(rows, 2), (torch.zeros(16, dtype=torch.int32),) * 3)
+    rowwise.mix(x[:, :16].contiguous(), torch.zeros(rows, 2), torch.zeros(3, 16, dtype=torch.int32))
     heads = attention.Heads(x, *(x[:, : kv_heads * dim].contiguous() for _ in range(2)))
     where = attention.Rows(torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
     angles = attention.Angles(*(torch.zeros(4096, dim, dtype=dtype) for _ in range(2)))

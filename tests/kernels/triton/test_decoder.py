@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import VOCABULARY, branches, network
+from networks import VOCABULARY, branches, moved, network
 
 from halfbyte.errors import ShapeError
 from halfbyte.kernels.decoder import Branch, Cache
@@ -25,21 +25,6 @@ def both(device):
         return reference, TritonDecoder(there, Cache.empty(there, slots, cache_dtype), dtype)
 
     return both
-
-
-def moved(value, device):
-    """A network with its tensors on `device`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, list):
-        return [moved(item, device) for item in value]
-    if hasattr(value, "_replace"):
-        return type(value)(*(moved(item, device) for item in value))
-    if hasattr(value, "__dataclass_fields__"):
-        return type(value)(**{name: moved(getattr(value, name), device) for name in value.__dataclass_fields__})
-    return value
 
 
 def close(got, wanted, digits=2e-4):

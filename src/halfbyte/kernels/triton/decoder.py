@@ -45,7 +45,7 @@ class _Wide(NamedTuple):
     a: torch.Tensor
     b: Sequence[torch.Tensor]
     first: Sequence[int]
-    columns: tuple[torch.Tensor, ...]
+    columns: torch.Tensor
 
 
 class _Rows:
@@ -100,8 +100,8 @@ class TritonDecoder:
         self.seconds = {"step": 0.0}
         self._angles = Angles(network.cosine.to(dtype).contiguous(), network.sine.to(dtype).contiguous())
         self._layers = [replace(layer, matrices=self._ready(layer)) for layer in network.layers]
-        norms = [[layer.attention_norm, layer.mlp_norm] for layer in network.layers]
-        self._norms = [narrow(norm, dtype) for norm in (*sum(norms, []), network.final_norm)]
+        norms = [norm for layer in network.layers for norm in (layer.attention_norm, layer.mlp_norm)]
+        self._norms = [narrow(norm, dtype) for norm in (*norms, network.final_norm)]
         self._forms = [self._form(layer) for layer in network.layers]
         self._head = self._ready_matrix(network.head)
         self._adapters = 0
@@ -151,8 +151,8 @@ class TritonDecoder:
             return None
         first = [0, *accumulate(widths)][:-1]
         of_column = [member for member, width in enumerate(widths) for _ in range(width)]
-        told = (owners, [first[member] for member in of_column], [widths[member] for member in of_column])
-        return _Wide(torch.cat(a), b, first, tuple(torch.tensor(row, device=device, dtype=torch.int32) for row in told))
+        told = [owners, [first[member] for member in of_column], [widths[member] for member in of_column]]
+        return _Wide(torch.cat(a), b, first, torch.tensor(told, device=device, dtype=torch.int32))
 
     @torch.inference_mode()
     def step(
@@ -199,9 +199,9 @@ class TritonDecoder:
         rows = Rows(slots, positions)
         hidden = functional.embedding(tokens, network.table).float().mul(network.embedding_scale).to(self.dtype)
         x = rms_norm(hidden, self._norms[0], network.eps)
-        for number, layer in enumerate(self._layers):
+        for number, form in enumerate(self._forms):
             heads = Heads(*self._products(x, number, 0, step.shares))
-            mixed = attend(heads, rows, self._angles, LayerCache(*self.cache.layer(number)), self._forms[number])
+            mixed = attend(heads, rows, self._angles, LayerCache(*self.cache.layer(number)), form)
             (added,) = self._products(mixed, number, 1, step.shares)
             x = rms_norm(hidden, self._norms[2 * number + 1], network.eps, added)
             gate, up = self._products(x, number, 2, step.shares)

@@ -35,23 +35,23 @@ def _gated_kernel(gate, up, y, count, GELU: tl.constexpr, SIZE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < count
     x = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    at_sigmoid = x
     if GELU:
-        # tanh(u) = 2 sigmoid(2 u) - 1
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        x = x * tl.sigmoid(x)
+        at_sigmoid = 1.5957691216057308 * (x + 0.044715 * x * x * x)  # (1 + tanh(u)) / 2 is the sigmoid of 2 u
     factor = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, (x * factor).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + at, (x * tl.sigmoid(at_sigmoid) * factor).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _mix_kernel(middle, shares, owner, start, width, y, rows, total, adapters, SIZE: tl.constexpr):
+def _mix_kernel(middle, shares, columns, y, rows, total, adapters, SIZE: tl.constexpr):
     row = tl.program_id(0)
     column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = column < total
-    first = tl.load(start + column, mask=inside, other=0)
-    to = first * rows + row * tl.load(width + column, mask=inside, other=0) + column - first
-    share = tl.load(shares + row * adapters + tl.load(owner + column, mask=inside, other=0), mask=inside, other=0.0)
+    owner = tl.load(columns + column, mask=inside, other=0)
+    first = tl.load(columns + total + column, mask=inside, other=0)
+    width = tl.load(columns + 2 * total + column, mask=inside, other=0)
+    to = first * rows + row * width + column - first
+    share = tl.load(shares + row * adapters + owner, mask=inside, other=0.0)
     value = tl.load(middle + row * total + column, mask=inside, other=0.0).to(tl.float32) * share
     tl.store(y + to, value.to(y.dtype.element_ty), mask=inside)
 
@@ -88,21 +88,18 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor
     return y
 
 
-def mix(middle: torch.Tensor, shares: torch.Tensor, columns: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def mix(middle: torch.Tensor, shares: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """What rows take of adapters, member after member of a group of matrices.
 
     Args:
         middle: [rows, total]: x A^T for the A of all members and adapters, member by member.
         shares: float32 [rows, adapters].
-        columns: int32 [total] each: the adapter whose column it is, its member's first column, its member's columns.
+        columns: int32 [3, total]: the adapter whose column it is, its member's first column, its member's columns.
 
     Returns:
         [rows * total], in which a member's part begins at rows * (its first column) and is [rows, its columns].
     """
-    owner, start, width = columns
     rows, total = middle.shape
     y = middle.new_empty(rows * total)
-    _mix_kernel[(rows, triton.cdiv(total, 128))](
-        middle, shares, owner, start, width, y, rows, total, shares.shape[1], SIZE=128
-    )
+    _mix_kernel[(rows, triton.cdiv(total, 128))](middle, shares, columns, y, rows, total, shares.shape[1], SIZE=128)
     return y
