@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from halfbyte.cli.main import app
@@ -151,6 +152,33 @@ def test_info_of_the_machine_names_the_kernels():
         assert all(": " in reason for reason in facts[kind].values())
     assert facts["parts"]["norm (cpu)"].startswith("halfbyte: ")
     assert "attention (cuda)" in facts["parts"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place", "advice"),
+    [
+        (["train", "r.yaml"], "halfbyte.train.recipe.load_recipe", "activation_offloading: true"),
+        (["generate", "m", "-p", "a"], "halfbyte.infer.placement.choose_device", "give --device cpu."),
+    ],
+)
+def test_a_full_card_is_a_sentence(monkeypatch, arguments, place, advice):
+    def fill(*args):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    monkeypatch.setattr(place, fill)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("halfbyte: the card has no memory for 1.50 GiB more; ")
+    assert advice in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_wrong_device_is_refused(tmp_path):
+    result = CliRunner().invoke(app, ["generate", str(tmp_path), "-p", "a", "--device", "gpu"])
+    assert result.exit_code == 2
+    assert result.stderr == "halfbyte: device 'gpu' is not offered; choose cpu, cuda or cuda:NUMBER.\n"
 
 
 def test_ctrl_c_is_quiet(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import warnings
 from collections.abc import Callable
 
@@ -24,9 +25,17 @@ from halfbyte.cli.merge import merge
 from halfbyte.cli.quantize import quantize
 from halfbyte.cli.serve import serve
 from halfbyte.cli.train import train
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, WorkError
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
+# What to change, by command, where a card has no room for what it is given.
+_SMALLER = {
+    "train": "set gradient_checkpointing: true and activation_offloading: true, or a smaller per_device_train_batch_size "
+    "or max_length",
+    "serve": "give fewer --slots, a smaller --max-length, --cache-dtype int8, or --device cpu",
+    "generate": "give --device cpu",
+    "chat": "give --device cpu",
+}
 
 
 def _told(command: Callable[..., None]) -> Callable[..., None]:
@@ -44,6 +53,14 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for a comparison
+                raise
+            wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+            advice = _SMALLER.get(command.__name__, "set CUDA_VISIBLE_DEVICES= to leave it to the CPU")
+            size = f" for {wanted[1]} more" if wanted else ""
+            typer.echo(f"halfbyte: the card has no memory{size}; {advice}.", err=True)
+            raise typer.Exit(WorkError.exit_code) from None
 
     return run
 
