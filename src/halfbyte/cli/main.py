@@ -30,8 +30,8 @@ from halfbyte.errors import HalfbyteError, WorkError
 INTERRUPTED = 130  # 128 + SIGINT, what a shell expects
 # What to change, by command, where a card has no room for what it is given.
 _SMALLER = {
-    "train": "set gradient_checkpointing: true and activation_offloading: true, or a smaller per_device_train_batch_size "
-    "or max_length",
+    "train": "set gradient_checkpointing: true and activation_offloading: true, or a smaller "
+    "per_device_train_batch_size or max_length",
     "serve": "give fewer --slots, a smaller --max-length, --cache-dtype int8, or --device cpu",
     "generate": "give --device cpu",
     "chat": "give --device cpu",
