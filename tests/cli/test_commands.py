@@ -152,6 +152,8 @@ def test_info_of_the_machine_names_the_kernels():
         assert all(": " in reason for reason in facts[kind].values())
     assert facts["parts"]["norm (cpu)"].startswith("halfbyte: ")
     assert "attention (cuda)" in facts["parts"]
+    assert facts["parts"]["decoding (cpu)"].startswith(("native: one call a step", "torch: "))
+    assert "decoding (cuda)" in facts["parts"]
 
 
 @pytest.mark.parametrize(

@@ -239,10 +239,11 @@ def _kernels() -> dict[str, str]:
 
 
 def _parts() -> dict[str, str]:
-    """Which implementation computes the parts of a model beside its packed weights."""
+    """Which implementation computes the parts of a model beside its packed weights, and takes the steps of decoding."""
+    from halfbyte.infer.few_rows import chosen_decoders
     from halfbyte.nn.parts import chosen_parts
 
-    return _told(chosen_parts())
+    return _told([*chosen_parts(), *chosen_decoders()])
 
 
 def _told(choices: Iterable[Choice]) -> dict[str, str]:

@@ -171,7 +171,8 @@ class TritonDecoder:
             self._steps[rows] = _Rows(rows, self._adapters, self.network.device)
         step = self._steps[rows]
         step.fill(tokens, slots, positions, mixes)
-        logits = self._run(step)
+        with torch.cuda.device_of(self._norms[0]):  # Triton launches on the current device
+            logits = self._run(step)
         result = (logits[: len(tokens)] if wanted is None else logits[list(wanted)]).cpu()
         self.seconds["step"] += time.perf_counter() - began
         return result
@@ -184,10 +185,7 @@ class TritonDecoder:
         if step.graph is None:
             graph = torch.cuda.CUDAGraph()
             # Another thread may use the device meanwhile: only what this one does belongs to the graph.
-            with (
-                torch.cuda.device(self.network.device),
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-            ):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 step.logits = self._forward(step)
             step.graph = graph
         step.graph.replay()
