@@ -8,7 +8,8 @@ from networks import moved, network
 
 from halfbyte.errors import RequestError
 from halfbyte.infer import Engine
-from halfbyte.infer.placement import choose_device, slots_that_fit
+from halfbyte.infer.placement import choose_device, slots_that_fit, workspace
+from halfbyte.infer.scheduler import CHUNK_ALONE
 from halfbyte.kernels.decoder import Cache
 
 MIB = 2**20
@@ -57,18 +58,21 @@ def test_a_slot_takes_what_an_empty_cache_does(dtype):
 
 def test_slots_are_as_many_as_there_is_room_for(monkeypatch):
     net = network("groups of two")
-    assert slots_that_fit(net, torch.float32, 1000) == 1000  # the CPU takes memory when it is used
+    assert slots_that_fit(net, torch.float32, 1000, torch.float32) == 1000  # the CPU takes memory when it is used
+    monkeypatch.setitem(CHUNK_ALONE, "meta", 2048)
     net = moved(net, "meta")
+    reserve = 256 * MIB + workspace(net, torch.bfloat16, 2048)
+    assert workspace(net, torch.bfloat16, 2048) == 2 * (2048 * (4 * 64 + 3 * 192 + 4 * 80) + 64 * 192)
     each = Cache.bytes_of_slot(net, torch.bfloat16)
     for free, unused, fit in ((3 * each, 0, 3), (2 * each, each + 1, 3), (4 * each - 1, 0, 3), (99 * each, 0, 8)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free + 512 * MIB, 1 << 40))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free + reserve, 1 << 40))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, unused=unused: 7 + unused)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7)
-        assert slots_that_fit(net, torch.bfloat16, 8) == fit
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (each // 2 + 512 * MIB, 1 << 40))
+        assert slots_that_fit(net, torch.bfloat16, 8, torch.bfloat16) == fit
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (each // 2 + reserve, 1 << 40))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
     with pytest.raises(RequestError, match="give max_length 80 or less, or cache_dtype int8"):
-        slots_that_fit(net, torch.bfloat16, 8)
+        slots_that_fit(net, torch.bfloat16, 8, torch.bfloat16)
 
 
 def test_an_engine_says_what_a_device_does_not_offer(tiny_llama, cards):

@@ -25,7 +25,7 @@ from halfbyte.infer.offload import Offload, make_offload
 from halfbyte.infer.placement import choose_device, slots_that_fit
 from halfbyte.infer.requests import Adapters, Completion, Event, Handle, Request, normalize_adapters
 from halfbyte.infer.sampling import SamplingParams
-from halfbyte.infer.scheduler import Scheduler, Statistics
+from halfbyte.infer.scheduler import CHUNK, CHUNK_ALONE, Scheduler, Statistics
 from halfbyte.infer.transformers_decoder import TransformersDecoder
 from halfbyte.kernels.cpu.decoder import NativeDecoder
 from halfbyte.kernels.decoder import STEP_ROWS, Branches, Cache, Matrix, Mix, Network
@@ -145,10 +145,13 @@ class Engine:
             queue_limit,
             self.drafts,
             self._mix,
+            CHUNK_ALONE.get(self.device.type, CHUNK),
         )
 
     def _make_decoder(self, cache_dtype: torch.dtype, quantize_head: bool, max_memory: int | None) -> str:
         try:
+            if self.device.type not in CHUNK_ALONE:
+                raise NotCoveredError(f"it is on {self.device}")
             check_covered(self.model)
             self._branches = {name: branches(self.model, name, self._dtype) for name in self._names}
             network = make_network(self.model, self.max_length, self._dtype)
@@ -158,7 +161,7 @@ class Engine:
             return f"transformers' own forward, because {reason}"
         if quantize_head:
             network = _with_quantized_head(network)
-        asked, self.slots = self.slots, slots_that_fit(network, cache_dtype, self.slots)
+        asked, self.slots = self.slots, slots_that_fit(network, cache_dtype, self.slots, self._dtype)
         cache = Cache.empty(network, self.slots, cache_dtype)
         if network.device.type == "cpu":
             self.offload = make_offload(network, max_memory)

@@ -7,10 +7,11 @@ import re
 import torch
 
 from halfbyte.errors import RequestError
+from halfbyte.infer.scheduler import CHUNK_ALONE
 from halfbyte.kernels.decoder import Cache, Network
 
 _MIB = 2**20
-_RESERVE = 512 * _MIB  # of a card, for what a step computes with: a chunk of a prompt, a decoded weight, the graphs
+_RESERVE = 256 * _MIB  # of a card, for the graphs, the vendor's workspace, and what the allocator cannot use
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -34,13 +35,30 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device("cuda", number)
 
 
-def slots_that_fit(network: Network, dtype: torch.dtype, wanted: int) -> int:
+def workspace(network: Network, dtype: torch.dtype, rows: int) -> int:
+    """Bytes that a chunk of a prompt takes while it goes through a layer, its largest weight decoded.
+
+    Args:
+        network: whose layers have one shape.
+        dtype: of activations.
+        rows: of the chunk.
+    """
+    matrices = network.layers[0].matrices
+    hidden, ffn, inner = matrices["query"].k, matrices["gate"].n, network.heads * network.head_dim
+    # The sum and its norm, with a second one in float32; the gate, its factor and their product; heads before and
+    # after they are rotated, and what they are mixed to.
+    activations = rows * (4 * hidden + 3 * ffn + 4 * inner) * dtype.itemsize
+    return activations + max(matrix.n * matrix.k for matrix in matrices.values()) * dtype.itemsize
+
+
+def slots_that_fit(network: Network, cache_dtype: torch.dtype, wanted: int, dtype: torch.dtype) -> int:
     """How many of the `wanted` slots of an empty cache a card has memory for; on a CPU, which takes it bit by bit, all.
 
     Args:
         network: on the device of the cache.
-        dtype: of keys and values.
+        cache_dtype: of keys and values.
         wanted: 1 or more.
+        dtype: of activations.
 
     Raises:
         RequestError: there is no room for one.
@@ -49,8 +67,9 @@ def slots_that_fit(network: Network, dtype: torch.dtype, wanted: int) -> int:
     if device.type == "cpu":
         return wanted
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = max(torch.cuda.mem_get_info(device)[0] + unused - _RESERVE, 0)
-    each = Cache.bytes_of_slot(network, dtype)
+    taken = _RESERVE + workspace(network, dtype, CHUNK_ALONE[device.type])
+    free = max(torch.cuda.mem_get_info(device)[0] + unused - taken, 0)
+    each = Cache.bytes_of_slot(network, cache_dtype)
     if each > free:
         positions = len(network.cosine)
         raise RequestError(

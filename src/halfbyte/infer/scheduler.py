@@ -29,7 +29,7 @@ from halfbyte.infer.requests import Adapters, Request
 from halfbyte.kernels.decoder import STEP_ROWS, Mix
 
 CHUNK = 256  # tokens of a prompt that are read between two steps of the others
-CHUNK_ALONE = 512  # where nobody is being answered meanwhile
+CHUNK_ALONE = {"cpu": 512, "cuda": 2048}  # where nobody is being answered; a card decodes all weights for each chunk
 FEW = 32  # a rest of a prompt that is no longer goes through the step of decoding, with the others' tokens
 _IDLE = 0.5  # seconds that an idle thread sleeps before it looks whether it is to end
 
@@ -89,6 +89,7 @@ class Scheduler:
         queue_limit: requests that may wait.
         drafts: tokens of a draft; 0: none.
         numbers: adapters' numbers by name.
+        chunk: tokens of a prompt that are read at a time where nobody is being answered.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class Scheduler:
         queue_limit: int,
         drafts: int,
         numbers: Callable[[Adapters], Mix],
+        chunk: int,
     ) -> None:
+        self._chunk = chunk
         self._decode, self._read, self._copy, self._numbers = decode, read, copy, numbers
         self._drafts = drafts if copy is not None else 0
         self._slots = [Slot(number) for number in range(slots)]
@@ -274,7 +277,7 @@ class Scheduler:
         """Read on in a long prompt; its last chunk brings the first token of the answer."""
         request, rest, begin = slot.request, slot.rest, len(slot.tokens)
         assert request is not None
-        most = CHUNK if any(other.request and other.request.written for other in self._slots) else CHUNK_ALONE
+        most = CHUNK if any(other.request and other.request.written for other in self._slots) else self._chunk
         count = len(rest) if len(rest) <= most + FEW else most
         last = count == len(rest)
         started = time.monotonic()
