@@ -49,7 +49,7 @@ def test_kernels_equal_the_reference_under_the_interpreter(subjects, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [75, 90])
+@pytest.mark.parametrize("capability", [75, 86, 90])
 def test_every_kernel_compiles(capability, tmp_path):
     """To machine code, with ptxas of the triton package: types, shapes and layouts are the compiler's to judge."""
     said = run(str(HERE / "triton" / "compile_ahead.py"), str(capability), TRITON_CACHE_DIR=str(tmp_path))

@@ -39,6 +39,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int8: "*i8",
 }
+SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes that a program may have
 SIZE = 256
 LINES = dict(tuning.GPU_TUNING)
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -48,7 +49,7 @@ def launches(capability: int) -> list[Launch]:
     """What the ops launch on such a card, one of each kind."""
     caught: list[Launch] = []
     JITFunction.run = lambda self, *args, grid, warmup, **options: caught.append((self, args, options))
-    line = LINES[divmod(capability, 10)]
+    line = LINES[max(known for known in LINES if known <= divmod(capability, 10))]
     tuning.GPU_TUNING[8, 0] = line  # what tensors on the CPU take
     q = hb.quantize(torch.randn(SIZE, SIZE))
     bfloat16 = capability >= 80 or _VERSION >= (3, 3)
@@ -88,20 +89,29 @@ def launches(capability: int) -> list[Launch]:
 
 
 def between_products(dtype: torch.dtype) -> None:
-    """What a decoder step launches besides products, of both kinds of cache."""
-    rows, dim, kv_heads = 4, 128, 2
-    x, norm = torch.zeros(rows, 8 * dim, dtype=dtype), torch.zeros(8 * dim)
+    """What a decoder step launches besides products."""
+    x, norm = torch.zeros(4, 1024, dtype=dtype), torch.zeros(1024)
     rowwise.rms_norm(x, norm, 1e-5, x)
     rowwise.gated(x, x, "silu")
-    rowwise.mix(x[:, :16].contiguous(), torch.zeros(rows, 2), torch.zeros(3, 16, dtype=torch.int32))
-    heads = attention.Heads(x, *(x[:, : kv_heads * dim].contiguous() for _ in range(2)))
+    rowwise.mix(x[:, :16].contiguous(), torch.zeros(4, 2), torch.zeros(3, 16, dtype=torch.int32))
+    for dim, shared, of_cache in ((128, 4, dtype), (128, 8, torch.int8), (256, 1, dtype)):
+        attend(dtype, dim, shared, of_cache)
+    attend(torch.float32, 256, 4, torch.float32)
+
+
+def attend(dtype: torch.dtype, dim: int, shared: int, of_cache: torch.dtype) -> None:
+    """Attention with `shared` query heads to a head of keys."""
+    rows, kv_heads = 4, 2
+    heads = attention.Heads(
+        torch.zeros(rows, shared * kv_heads * dim, dtype=dtype), *torch.zeros(2, rows, kv_heads * dim, dtype=dtype)
+    )
     where = attention.Rows(torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
     angles = attention.Angles(*(torch.zeros(4096, dim, dtype=dtype) for _ in range(2)))
-    for of_cache, norms in ((dtype, None), (torch.int8, norm[:dim])):
-        values = torch.zeros(1, kv_heads, 4096, dim, dtype=of_cache)
-        scales = torch.zeros(1, kv_heads, 4096)
-        cache = attention.LayerCache(values.view(1, kv_heads, 256, dim, 16), values, scales, scales)
-        attention.attend(heads, where, angles, cache, attention.Form(8, kv_heads, 0.1, 1e-5, 0, norms, norms))
+    values, scales = torch.zeros(1, kv_heads, 4096, dim, dtype=of_cache), torch.zeros(1, kv_heads, 4096)
+    cache = attention.LayerCache(values.view(1, kv_heads, 256, dim, 16), values, scales, scales)
+    norm = torch.zeros(dim) if of_cache == torch.int8 else None
+    form = attention.Form(shared * kv_heads, kv_heads, 0.1, 1e-5, 0, norm, norm)
+    attention.attend(heads, where, angles, cache, form)
 
 
 def compiled(launch: Launch, capability: int, shuffle: bool) -> Any:
@@ -158,7 +168,7 @@ def resources(binary: bytes) -> str:
 
 
 def main() -> None:
-    """Compile and print."""
+    """Compile and print; what a card has no shared memory for would fail when it is launched."""
     for capability in map(int, sys.argv[1:]):
         seen = set()
         for launch in launches(capability):
@@ -167,6 +177,8 @@ def main() -> None:
             for label, shuffle in ((name, False), (f"{name} shuffled", True))[: 1 + first]:
                 kernel = compiled(launch, capability, shuffle)
                 seen.add(label)
+                most = SHARED[max(known for known in SHARED if known <= capability)]
+                assert kernel.metadata.shared <= most, f"{label} takes {kernel.metadata.shared} of {most} bytes"
                 print(f"{label} {capability}:{resources(kernel.asm['cubin'])} {kernel.metadata.shared} shared")
 
 

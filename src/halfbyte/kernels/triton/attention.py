@@ -20,8 +20,8 @@ import triton.language as tl
 
 from halfbyte.kernels.decoder import KEY_BLOCK
 from halfbyte.kernels.triton.tiles import dot
+from halfbyte.kernels.tuning import gpu_tuning
 
-_BLOCK = 64  # positions that a program reads at a time
 _MOST_SPLITS = 32
 _LEAST_DOT = 16  # of each side of a product on tensor cores
 
@@ -315,10 +315,11 @@ def attend(given: Heads, rows: Rows, angles: Angles, cache: LayerCache, form: Fo
         num_warps=1,
         enable_fp_fusion=False,
     )
-    splits = _splits(count * form.kv_heads, cached, query.device)
+    padded = max(_LEAST_DOT, triton.next_power_of_2(dim))
+    block = _block(query.dtype, padded, query.device)
+    splits = _splits(count * form.kv_heads, triton.cdiv(cached, block), query.device)
     peaks, totals = query.new_empty((2, count * form.heads, splits), dtype=torch.float32)
     sums = query.new_empty((count * form.heads, splits, dim), dtype=torch.float32)
-    padded = max(_LEAST_DOT, triton.next_power_of_2(dim))
     _attend_kernel[(count, form.kv_heads, splits)](
         rotated,
         cache.keys,
@@ -337,7 +338,7 @@ def attend(given: Heads, rows: Rows, angles: Angles, cache: LayerCache, form: Fo
         dim,
         GROUP=max(_LEAST_DOT, triton.next_power_of_2(form.heads // form.kv_heads)),
         DIM=padded,
-        BLOCK=_BLOCK,
+        BLOCK=block,
         KEYS=KEY_BLOCK,
         SPLITS=splits,
         BYTES=in_bytes,
@@ -349,9 +350,18 @@ def attend(given: Heads, rows: Rows, angles: Angles, cache: LayerCache, form: Fo
     return y
 
 
-def _splits(programs: int, cached: int, device: torch.device) -> int:
+def _block(dtype: torch.dtype, dim: int, device: torch.device) -> int:
+    """Positions that a program reads at a time; with more, registers spill to memory, as compiled for 7.5 and 9.0.
+
+    Without tensor cores a thread holds whole rows of both operands.
+    """
+    if dtype == torch.float32 or not gpu_tuning(device).bfloat16:
+        return _LEAST_DOT
+    return 64 if dim <= 128 else 32
+
+
+def _splits(programs: int, blocks: int, device: torch.device) -> int:
     """In how many parts a sequence is read, a power of two: so many that all multiprocessors have two programs."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     wanted = triton.next_power_of_2(triton.cdiv(2 * multiprocessors, programs))
-    useful = triton.next_power_of_2(triton.cdiv(cached, _BLOCK))
-    return min(wanted, useful, _MOST_SPLITS)
+    return min(wanted, triton.next_power_of_2(blocks), _MOST_SPLITS)
