@@ -437,7 +437,7 @@ def memory_table(length: int) -> str:
     """What QLoRA takes at a row of `length` tokens: rank 16 on all projections, checkpointing, 8-bit AdamW."""
     from halfbyte.train.footprint import estimate
     from halfbyte.train.recipe import make_recipe
-    from halfbyte.train.targets import adapted_modules, outline
+    from halfbyte.train.targets import check_targets, outline
 
     keys = {"gradient_checkpointing": True, "per_device_train_batch_size": 1, "optim": "adamw_8bit", "lora_r": 16}
     recipe = make_recipe({"model_name_or_path": "m", "output_dir": "o", "dataset": "d.jsonl", **keys})
@@ -447,7 +447,7 @@ def memory_table(length: int) -> str:
     for name in SHAPES:
         config = llama_config(name)
         form = outline(config)
-        adapted = adapted_modules(form.shapes, "all-linear")
+        adapted = check_targets(recipe, form).adapted
         buffer = 2 * max(rows * columns for rows, columns in form.shapes.values())
         made, moved = (
             estimate(one, config, form, adapted, length, gpu=True, fused=False)
