@@ -77,10 +77,11 @@ CASES = [
     (LLAMA, {"target_modules": "attention"}, 1.012),
     (LLAMA, {"method": "full"}, 0.936),
     (MIXTRAL, {}, 1.008),
-    (MIXTRAL, {"target_parameters": []}, 1.010),
+    (MIXTRAL, {"target_parameters": []}, 1.015),
     (MIXTRAL, {"compute_dtype": "float32"}, 1.010),
-    (QWEN, {}, 0.966),
-    (QWEN, {"target_parameters": "experts.down_proj"}, 0.962),
+    (QWEN, {}, 0.947),
+    (QWEN, {"target_parameters": "experts.down_proj"}, 0.949),
+    (QWEN, {"method": "lora"}, 0.981),
     (BERT, {"task": "sequence-classification"}, 1.003),
     (BERT, {"task": "sequence-classification", "compute_dtype": "float32", "lora_dropout": 0.1}, 1.039),
 ]
@@ -201,11 +202,13 @@ def test_experts_are_counted_exactly():
     rest = form.parameters - made.quantized
     nf4 = 4 + (8 + 32 / 256) / 64
     assert made.weights == pytest.approx(made.quantized * nf4 / 8 + 2 * rest + (4 + 2) * made.trained)
-    # Dense experts get their change by peft, whose sum autograd keeps: all of them, in the compute dtype.
+    # Dense experts get their change by peft, whose sum autograd keeps: all of them, in the compute dtype. And
+    # transformers' own way through them keeps a row of x and two of the narrow ones more for each pair.
+    pairs = 3 * 8 * LENGTH * 3
     dense = estimate(
         recipe.model_copy(update={"method": "lora"}), QWEN, form, targets.adapted, LENGTH, gpu=False, fused=True
     )
-    assert dense.activations - made.activations == pytest.approx(2 * experts)
+    assert dense.activations - made.activations == pytest.approx(2 * experts + pairs * 2 * (64 + 2 * 96))
 
 
 def test_rounded_down():

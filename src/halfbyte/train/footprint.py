@@ -15,8 +15,8 @@ a the width of all heads, m the width of the MLP and e the bytes of the compute 
 | attention with dropout, on the CPU                | 3 a 4 + 3 heads T 4: torch writes the T x T weights out        |
 | between the projections of a gated MLP            | 2 m e fused, 3 m e not                                         |
 | between those of a plain MLP                      | m e; 4 m e where GELU is written as tanh of a polynomial       |
-| between those of experts, k to a token            | 4 k m e, with m the width of one                               |
-| with an adapter on experts                        | k rows of each adapted projection's input, and k lora_r e      |
+| between those of experts, k to a token            | 2 k m e, with m the width of one; 4 k m e where they are dense |
+| with an adapter on experts                        | h e (dense: k h e), and k m e between them; 2 k lora_r e       |
 
 A frozen projection without an adapter keeps nothing. Full fine-tuning keeps the input of every projection, in 16 bits
 beside float32 norms. With gradient checkpointing each layer keeps its input, and one layer at a time the rest. With
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 COMPUTE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "adamw_4bit": 1.03}  # of a parameter, see `halfbyte.optim.states`
 _INPUTS_ON_DEVICE = 3  # see `halfbyte.train.offload`
-_BETWEEN_EXPERTS = 4  # widths: gate and up, the gate's activation, its product with up, that times the token's share
+_BETWEEN_EXPERTS = 2  # widths: gate and up; what follows is computed again, see `halfbyte.models.experts`
+_BETWEEN_DENSE_EXPERTS = 4  # in transformers' own way: the gate's activation and its product with up besides
 _ROUTING = 44  # bytes of a pair of token and expert: five indices, and its share
 _POLYNOMIAL_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
 
@@ -173,7 +174,8 @@ def _layer_bytes(recipe: Recipe, sizes: Any, adapted: Shapes, length: int, *, gp
     width = _mlp_width(sizes)
     inside: float = between * width
     if top_k:
-        inside = between * _shared_width(sizes) + _BETWEEN_EXPERTS * width + top_k * _ROUTING / compute
+        widths = _BETWEEN_EXPERTS if recipe.method == "qlora" else _BETWEEN_DENSE_EXPERTS
+        inside = between * _shared_width(sizes) + widths * width + top_k * _ROUTING / compute
     own_dropout = any(getattr(sizes, name, 0) for name in ("resid_pdrop", "hidden_dropout_prob", "dropout"))
     kept = _attention_bytes(sizes, compute, length, gpu=gpu) + 2 * hidden * compute * own_dropout
     if recipe.method == "full":
@@ -184,11 +186,13 @@ def _layer_bytes(recipe: Recipe, sizes: Any, adapted: Shapes, length: int, *, gp
     per_layer = sizes.num_hidden_layers
     linear = {name: shape[1] for name, shape in adapted.items() if len(shape) == 2}
     experts = [shape[2] for shape in adapted.values() if len(shape) == 3]
-    kept += (recipe.lora_r * (len(linear) + top_k * len(experts)) + top_k * sum(experts)) * compute / per_layer
+    gathered = recipe.method == "lora"  # a row for each pair of token and expert
+    narrow = sum(columns for columns in experts if gathered or columns != hidden)
+    kept += (recipe.lora_r * (len(linear) + top_k * len(experts)) + top_k * narrow) * compute / per_layer
     if recipe.lora_dropout:
         return kept + sum(linear.values()) * (compute + 1) / per_layer
     attention = any(in_attention(name) for name in linear)
-    up = any(columns == hidden for name, columns in linear.items() if not in_attention(name))
+    up = hidden in [*experts, *(columns for name, columns in linear.items() if not in_attention(name))]
     down = sum(columns for name, columns in linear.items() if not in_attention(name) and columns != hidden) / per_layer
     return kept + (attention * hidden + up * hidden + down) * compute
 
