@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -86,6 +87,16 @@ def main() -> None:
                 crossover(),
             )
         )
+        header = (
+            "rows of an expert",
+            "tiles ms",
+            "decoded",
+            "some at a time",
+            "g W tiles",
+            "decoded",
+            "some at a time",
+        )
+        print("\n" + table(header, expert_crossover()))
         return
     limits = {"bytes": copy_rate(), "flops": gemm_rate()}
     print(f"copy {limits['bytes'] / 1e12:.2f} TB/s, bf16 GEMM {limits['flops'] / 1e12:.0f} TFLOP/s\n")
@@ -323,6 +334,25 @@ def crossover() -> list[list[str]]:
     return rows_of_cells
 
 
+def expert_crossover() -> list[list[str]]:
+    """Milliseconds of each way of a product by expert, by rows of each; the same without a grouped GEMM in torch."""
+    count, n, k = 128, 1536, 2048
+    q = random_weight(count * n, k, "cuda").view(count, n, k)
+    ways = [{"grouped_rows": 0}, {"grouped_rows": 1}, {"grouped_rows": 1, "decoded_bytes": count * n * k // 2}]
+    cells = []
+    for rows in (16, 32, 64, 128, 256, 512):
+        ends = torch.arange(rows, (count + 1) * rows, rows, dtype=torch.int32, device="cuda")
+        times = []
+        for op, features, length in (("grouped_linear", n, k), ("grouped_linear_grad_input", k, n)):
+            x = torch.randn(count * rows, length, device="cuda").bfloat16()
+            call = getattr(torch.ops.halfbyte, op)
+            for way in ways:
+                with changed_tuning(**way):
+                    times.append(seconds(partial(call, *q.packed(), features, x, ends)))
+        cells.append([str(rows), *(f"{1e3 * one:.4f}" for one in times)])
+    return cells
+
+
 def decode(limits: dict[str, float]) -> dict[str, float]:
     """Tokens a second of the 7 B shape: the products of a token in a CUDA graph, and transformers' generate."""
     results = {}
@@ -437,7 +467,7 @@ def memory_table(length: int) -> str:
     """What QLoRA takes at a row of `length` tokens: rank 16 on all projections, checkpointing, 8-bit AdamW."""
     from halfbyte.train.footprint import estimate
     from halfbyte.train.recipe import make_recipe
-    from halfbyte.train.targets import adapted_modules, outline
+    from halfbyte.train.targets import check_targets, outline
 
     keys = {"gradient_checkpointing": True, "per_device_train_batch_size": 1, "optim": "adamw_8bit", "lora_r": 16}
     recipe = make_recipe({"model_name_or_path": "m", "output_dir": "o", "dataset": "d.jsonl", **keys})
@@ -447,7 +477,7 @@ def memory_table(length: int) -> str:
     for name in SHAPES:
         config = llama_config(name)
         form = outline(config)
-        adapted = adapted_modules(form.shapes, "all-linear")
+        adapted = check_targets(recipe, form).adapted
         buffer = 2 * max(rows * columns for rows, columns in form.shapes.values())
         made, moved = (
             estimate(one, config, form, adapted, length, gpu=True, fused=False)

@@ -170,3 +170,26 @@ def test_pieces_give_the_bits_of_the_whole(model_of, monkeypatch, family):
         monkeypatch.setattr(experts_module, "_PIECE", 1)  # each expert is one
         assert torch.equal(model(IDS).logits, whole)
     assert torch.equal(model(IDS).logits, whole)  # where gradients are wanted it is whole
+
+
+@pytest.mark.parametrize(("family", "wide"), [("Mixtral", 256), ("GptOss", 128), ("NemotronH", 64)])
+def test_autograd_keeps_one_tensor_between_the_projections(model_of, family, wide):
+    """What follows the first projection is computed again on the way back."""
+    model = model_of(family)
+    experts = next(module for module in model.modules() if type(module).__name__.endswith("Experts"))
+    x, index = torch.randn(50, 64, requires_grad=True), torch.rand(50, 4).argsort(1)[:, :2]
+    shares = torch.rand(50, 2, requires_grad=True)
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        y = experts(x, index, shares)
+    pairs = [t for t in saved.values() if t.dtype == torch.float32 and t.dim() == 2 and len(t) == 100]
+    rest = [t.shape[1] for t in pairs if t.shape[1] not in (1, wide)]
+    # With biases the share comes last, so the rows that it is multiplied with are kept.
+    assert sum(t.shape[1] == wide for t in pairs) == 1 and rest == ([64] if family == "GptOss" else [])
+    twin = copy.deepcopy(experts)
+    twin.config = copy.deepcopy(experts.config)
+    twin.config._experts_implementation = "eager"
+    grads = torch.autograd.grad(y.square().sum(), (x, shares))
+    by_loop = torch.autograd.grad(twin(x, index, shares).square().sum(), (x, shares))
+    for ours, theirs in zip(grads, by_loop, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()

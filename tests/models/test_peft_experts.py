@@ -207,3 +207,23 @@ def test_bfloat16_weights_and_float32_adapters(folder_with):
     logits, grads = measure(model)
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
+
+
+def test_a_linear_weight_named_as_a_parameter_is_that_module(folder_with, tmp_path):
+    """So some modules keep their names in peft, see halfbyte.train.targets. The files are the same, and merge."""
+    names = ["q_proj", "v_proj"]
+    model = adapt(load(folder_with("GptOss")), [f"{name}.weight" for name in names], target_modules=[])
+    module = adapt(load(folder_with("GptOss")), None, target_modules=names)
+    expected = module(IDS).logits
+    assert torch.equal(model(IDS).logits, expected)
+    assert not any(layer.slower_because for layer in wrappers(model)) and len(wrappers(model)) == 4
+    model.add_adapter("second", LoraConfig(r=2, target_modules=[], target_parameters=[f"{n}.weight" for n in names]))
+    assert torch.equal(model(IDS).logits, expected)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    plain = PeftModel.from_pretrained(decoded(load(folder_with("GptOss"))), tmp_path)
+    assert (plain(IDS).logits - expected).norm() <= ROUNDINGS * EPS * expected.norm()
+    model.set_adapter("default")
+    model.merge_adapter()
+    assert (model(IDS).logits - expected).norm() <= ROUNDINGS * EPS * expected.norm()
+    model.unmerge_adapter()
+    assert torch.equal(model(IDS).logits, expected)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import halfbyte as hb
 from halfbyte.errors import ShapeError
 from halfbyte.nn import GroupedLora, combine, dispatch, grouped_linear, grouped_lora, pieces, route
-from halfbyte.nn.experts import _by_grouped_mm, _dense
+from halfbyte.nn import experts as experts_module
+from halfbyte.nn.experts import _by_group, _by_grouped_mm, _dense
 
 EXPERTS, TOP_K = 5, 3
 
@@ -145,8 +146,37 @@ def test_an_adapter_of_each_expert(tokens):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_tokens_are_kept_in_place_of_their_rows(elsewhere):
+    """The same gradients, and nothing with a row of the width of x for each pair in what autograd keeps."""
+    index = choices(40)
+    if elsewhere:
+        index[7:30, 1] = EXPERTS
+    routing = route(index, EXPERTS)
+    tokens = torch.randn(40, 12, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(EXPERTS, 2, 12, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(EXPERTS, 7, 2, dtype=torch.float64, requires_grad=True)
+    upstream, results, kept = torch.randn(40 * TOP_K, 7, dtype=torch.float64), [], []
+    for of_tokens in (None, tokens):
+        saved = []
+        x = dispatch(tokens, routing)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t) or t, lambda t: t):
+            y = grouped_lora(x, GroupedLora(a, b, 0.5), routing, of_tokens)
+        results.append((y, *torch.autograd.grad(y, (tokens, a, b), upstream)))
+        kept.append(sum(t.numel() for t in saved if t.shape[-1] == 12 and t.dtype.is_floating_point))
+    assert torch.equal(results[0][0], results[1][0])
+    for ours, theirs in zip(results[1][1:], results[0][1:], strict=True):
+        assert theirs.any() and torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    pairs = int(routing.ends[-1])
+    assert kept[0] >= pairs * 12 and kept[1] == tokens.numel() + a.numel()
+    frozen = GroupedLora(a.detach(), b.detach(), 0.5)
+    x = dispatch(tokens, routing)
+    (alone,) = torch.autograd.grad(grouped_lora(x, frozen, routing, tokens), tokens, upstream)
+    assert torch.equal(alone, results[1][1])
+
+
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
-def test_torchs_own_grouped_product_is_asked_rightly():
+def test_torchs_own_grouped_product_is_asked_rightly(monkeypatch):
     """What a GPU runs for bfloat16; rows without an expert come back from torch as they were."""
     index = choices(9)
     index[3:5] = EXPERTS
@@ -160,3 +190,7 @@ def test_torchs_own_grouped_product_is_asked_rightly():
         assert not found[-6:].any()
         of_weight = torch.autograd.grad(found.square().sum(), weight)[0]
         assert torch.allclose(of_weight, torch.autograd.grad(expected.square().sum(), weight)[0], rtol=0.05, atol=0.5)
+    grad = torch.randn(9 * TOP_K, 8).bfloat16()
+    expected = _by_group(grad, x, routing.ends)
+    monkeypatch.setattr(experts_module, "_has_grouped_mm", lambda *_: True)
+    assert torch.allclose(_by_group(grad, x, routing.ends), expected, rtol=2.0**-7, atol=27 * 2.0**-23 * 16)

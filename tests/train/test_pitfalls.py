@@ -31,7 +31,7 @@ HOST = 10**9  # bytes of a machine with a card
 def setting(memory=10**15, gpu=False, **keys):
     paths = {"model_name_or_path": "base", "output_dir": "run", "dataset": "rows.jsonl"}
     recipe = make_recipe({**paths, "lora_r": 2, **keys})  # of a small model a higher rank is a large part
-    targets = [] if recipe.method == "full" else check_targets(recipe, MODEL.shapes)
+    targets = None if recipe.method == "full" else check_targets(recipe, MODEL)
     gpus = (("card", int(memory)),) if gpu else ()
     return Setting(recipe, CONFIG, MODEL, targets, LENGTH, Machine("", 2, int(HOST if gpu else memory), "", gpus, ""))
 

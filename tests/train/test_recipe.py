@@ -37,6 +37,27 @@ def test_all_mistakes_are_told_at_once_with_the_nearest_choice(tmp_path):
     assert len(caught.value.mistakes) == 11
 
 
+@pytest.mark.parametrize(
+    ("given", "held"),
+    [
+        (None, None),
+        ("experts", "experts"),
+        ([], ()),
+        ("experts.down_proj", ("experts.down_proj",)),
+        (["a.b", "c"], ("a.b", "c")),
+    ],
+)
+def test_experts_are_named_by_a_group_or_by_parameters(given, held):
+    assert make_recipe({**NEEDED, "target_parameters": given}).target_parameters == held
+
+
+def test_a_group_of_one_key_is_a_name_to_another():
+    assert make_recipe({**NEEDED, "target_modules": "experts"}).target_modules == ("experts",)
+    assert make_recipe({**NEEDED, "target_parameters": "attention"}).target_parameters == ("attention",)
+    with pytest.raises(RecipeError, match=r"target_parameters is 3, which is not offered; .* or a list of names"):
+        make_recipe({**NEEDED, "target_parameters": 3})
+
+
 def test_a_metric_that_the_task_does_not_have_is_refused():
     for task, metric, choice in (
         ("causal-lm", "accuracy", "exact_match"),

@@ -87,6 +87,9 @@ class GpuTuning:
         decode_tile: weights that a program decodes.
         shuffle: products look values up in the registers of their warp (NVIDIA only), not in a cache line.
         bfloat16: its tensor cores take it.
+        grouped_rows: rows for each expert from which on experts are decoded and multiplied by torch's grouped GEMM,
+            where there is one; 0: never.
+        decoded_bytes: of experts that are decoded at a time, but one at least.
     """
 
     vector_rows: int
@@ -100,17 +103,20 @@ class GpuTuning:
     decode_tile: int
     shuffle: bool = False
     bfloat16: bool = True
+    grouped_rows: int = 0
+    decoded_bytes: int = 1 << 30
 
 
 # By compute capability; another one takes the last line that is not above it. No line was measured: no card could be
 # had so far. They come from counting instructions and bytes (docs/benchmarks-gpu.md), and `benchmarks/gpu_suite.py
 # --crossover` prints the times that are to replace them. 7.5 has no bfloat16 in its tensor cores: nothing is fused.
-# `shuffle` takes fewer instructions and has run nowhere yet, so it waits for a card.
+# `shuffle` takes fewer instructions and has run nowhere yet, so it waits for a card. `grouped_rows`: decoding moves 4.5
+# bytes a weight (0.94 ns for 1,000 of them at 4.8 TB/s), which the GEMM has to win back at 2 R operations a weight.
 _FEW, _MANY = Tile(16, 32, 128, 4, 3), Tile(64, 64, 64, 4, 3)
 GPU_TUNING: dict[tuple[int, int], GpuTuning] = {
     (7, 5): GpuTuning(4, 4, 0, 4, 1024, _FEW, _MANY, 4, 4096, bfloat16=False),
     (8, 0): GpuTuning(1, 128, 32, 4, 1024, _FEW, _MANY, 4, 4096),
-    (9, 0): GpuTuning(1, 128, 32, 4, 1024, _FEW, _MANY, 4, 4096),
+    (9, 0): GpuTuning(1, 128, 32, 4, 1024, _FEW, _MANY, 4, 4096, grouped_rows=256),
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from halfbyte.nn import Routing, combine, dispatch, grouped_linear, grouped_lora, pieces, route
 
@@ -49,22 +50,34 @@ def experts_forward(
 def _rows(self: Any, hidden_states: torch.Tensor, share: torch.Tensor, routing: Routing) -> torch.Tensor:
     """The experts' results, [pairs, hidden], each times its share."""
     norm = self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None
+    gated = getattr(self, "has_gate", True)
+    early = norm is None and not self.has_bias  # the share goes in where the row is narrow: the product is linear
+
+    def between(wide: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """From the one projection to the other, a row for each pair."""
+        inner: torch.Tensor = self._apply_gate(wide) if gated else self.act_fn(wide)
+        return (inner * share).to(inner.dtype) if early else inner
+
     x = dispatch(hidden_states, routing)
-    if getattr(self, "has_gate", True):
-        inner = self._apply_gate(_project(self, "gate_up_proj", x, routing))
+    wide = _project(self, "gate_up_proj" if gated else "up_proj", x, routing, hidden_states)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Computed again on the way back: autograd would keep three more tensors of its width, and mapping their pages
+        # takes as long.
+        inner = checkpoint(between, wide, share, use_reentrant=False, preserve_rng_state=False)
     else:
-        inner = self.act_fn(_project(self, "up_proj", x, routing))
-    if norm is None and not self.has_bias:
-        # The share goes in where the row is narrow: the product is linear.
-        return _project(self, "down_proj", (inner * share).to(inner.dtype), routing)
+        inner = between(wide, share)
     outer = _project(self, "down_proj", inner, routing)
+    if early:
+        return outer
     return ((outer if norm is None else norm(outer)) * share).to(outer.dtype)
 
 
-def _project(self: Any, name: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+def _project(
+    self: Any, name: str, x: torch.Tensor, routing: Routing, tokens: torch.Tensor | None = None
+) -> torch.Tensor:
     y = grouped_linear(x, getattr(self, name), routing, transposed=self.is_transposed)
     for adapter in getattr(self, BRANCHES, {}).get(name, ()):
-        y = y + grouped_lora(x.to(y.dtype), adapter, routing)
+        y = y + grouped_lora(x.to(y.dtype), adapter, routing, tokens)
     if self.has_bias:
         bias = getattr(self, f"{name}_bias")
         y = y + bias[routing.expert.clamp(max=len(bias) - 1)].to(y.dtype)

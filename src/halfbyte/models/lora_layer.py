@@ -141,6 +141,16 @@ class LoraLinear4bit(LoraLinear):
         )
 
 
+class ParamWrapper(LoraLinear4bit):
+    """The same, asked for by its weight's name (`target_parameters`): two names for one thing where it is 2-D.
+
+    Only so do some modules keep their names in peft, see `halfbyte.train.targets`. peft recognises its wrappers of
+    parameters by the name of the class, and by `parameter_name` which parameter it is.
+    """
+
+    parameter_name = "weight"
+
+
 def _on_decoded_base(initialise: Callable[..., None]) -> Callable[..., None]:
     """peft's initialisation, run on the decoded base weight; the base becomes what that left, quantized again."""
 

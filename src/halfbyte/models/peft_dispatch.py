@@ -61,8 +61,7 @@ def _add_dispatcher(lora_model: Any) -> None:
     if getattr(lora_model.dispatch_default, "asks_halfbyte", False):
         return
     next_dispatcher = lora_model.dispatch_default
-    from halfbyte.models import lora_experts
-    from halfbyte.models.lora_layer import LoraLinear4bit
+    from halfbyte.models import lora_experts, lora_layer
 
     def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
         base = target.get_base_layer() if isinstance(target, lora_model.BaseTunerLayer) else target
@@ -70,9 +69,11 @@ def _add_dispatcher(lora_model: Any) -> None:
         if isinstance(parameter, QuantizedTensor) and parameter.dim() == 3:
             experts: nn.Module = lora_experts.ParamWrapper(target, adapter_name, config=config, **kwargs)
             return experts
-        if isinstance(base, Linear4bit) and kwargs.get("parameter_name") is None:
+        if isinstance(base, Linear4bit) and kwargs.get("parameter_name") in (None, "weight"):
             config.fan_in_fan_out = False
-            layer: nn.Module = LoraLinear4bit(target, adapter_name, config=config, **kwargs)
+            by_module = kwargs.get("parameter_name") is None
+            kind = lora_layer.LoraLinear4bit if by_module else lora_layer.ParamWrapper
+            layer: nn.Module = kind(target, adapter_name, config=config, **kwargs)
             return layer
         adapted: nn.Module | None = next_dispatcher(target, adapter_name, config=config, **kwargs)
         return adapted

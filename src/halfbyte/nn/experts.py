@@ -7,11 +7,12 @@ weight. Nothing reads on the host what the router chose, so a GPU never waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from halfbyte.errors import ShapeError
 from halfbyte.tensor import QuantizedTensor
@@ -147,13 +148,17 @@ class GroupedLora(NamedTuple):
     scaling: float
 
 
-def grouped_lora(x: torch.Tensor, adapter: GroupedLora, routing: Routing) -> torch.Tensor:
+def grouped_lora(
+    x: torch.Tensor, adapter: GroupedLora, routing: Routing, tokens: torch.Tensor | None = None
+) -> torch.Tensor:
     """What an adapter adds to a grouped product.
 
     Args:
         x: [pairs, in], in the order of `routing`. A and B are rounded to its dtype.
         adapter: of as many experts as the routing.
         routing: from `route`.
+        tokens: [tokens, in], of which x is the `dispatch`: autograd keeps them and not x, which has a row for each
+            expert of a token.
 
     Returns:
         [pairs, out], in x's dtype.
@@ -164,14 +169,51 @@ def grouped_lora(x: torch.Tensor, adapter: GroupedLora, routing: Routing) -> tor
         expert = routing.expert.clamp(max=len(a) - 1)
         inner = torch.bmm(a[expert].to(x.dtype), x[:, :, None]) * scaling
         return torch.bmm(b[expert].to(x.dtype), inner)[:, :, 0]
-    inner = _dense(x, a.to(x.dtype).transpose(1, 2), routing.ends) * scaling
+    down = a.to(x.dtype)
+    if tokens is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        inner = _dense(x, down.transpose(1, 2), routing.ends)
+    else:
+        inner = _DownFromTokens.apply(x, tokens.to(x.dtype), down, routing)
+    inner = inner * scaling
     return _dense(inner, b.to(x.dtype).transpose(1, 2), routing.ends)
+
+
+class _DownFromTokens(torch.autograd.Function):
+    """x A^T by expert, where x is gathered again on the way back. Gradients of x go to the tokens at once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tokens: torch.Tensor, a: torch.Tensor, routing: Routing) -> torch.Tensor:
+        ctx.save_for_backward(tokens, a, routing.token, routing.place, routing.ends)
+        return _dense(x, a.transpose(1, 2), routing.ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tokens, a, token, place, ends = ctx.saved_tensors
+        _, wants_tokens, wants_a, _ = ctx.needs_input_grad
+        of_tokens = _Combine.apply(_dense(grad, a, ends), token, place) if wants_tokens else None
+        of_a = _by_group(grad.contiguous(), tokens.index_select(0, token), ends) if wants_a else None
+        return None, of_tokens, of_a, None
+
+
+def _by_group(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """left [rows, m] and right [rows, n] -> [experts, m, n], each expert's left^T right over its rows."""
+    if _has_grouped_mm(right, (left.shape[1], right.shape[1])):
+        return torch.nn.functional.grouped_mm(left.t(), right, offs=ends)
+    result = left.new_zeros((len(ends), left.shape[1], right.shape[1]))
+    for matrix, (first, last) in zip(result, pairwise([0, *ends.tolist()]), strict=True):
+        torch.mm(left[first:last].t(), right[first:last], out=matrix)
+    return result
+
+
+def _has_grouped_mm(x: torch.Tensor, sizes: Sequence[int]) -> bool:
+    whole_reads = all(size % 8 == 0 for size in sizes)  # of 16 bytes
+    return x.is_cuda and x.dtype == torch.bfloat16 and whole_reads and hasattr(torch.nn.functional, "grouped_mm")
 
 
 def _dense(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """x [rows, in] times weight [experts, in, out]; on a GPU without waiting for it where torch can."""
-    whole_reads = all(size % 8 == 0 for size in weight.shape[1:])  # of 16 bytes
-    if x.is_cuda and x.dtype == torch.bfloat16 and whole_reads and hasattr(torch.nn.functional, "grouped_mm"):
+    if _has_grouped_mm(x, weight.shape[1:]):
         return _by_grouped_mm(x, weight, ends)
     sizes = [end - begin for begin, end in pairwise([0, *ends.tolist(), x.shape[0]])]
     *groups, rest = x.split(sizes)

@@ -15,6 +15,8 @@ a the width of all heads, m the width of the MLP and e the bytes of the compute 
 | attention with dropout, on the CPU                | 3 a 4 + 3 heads T 4: torch writes the T x T weights out        |
 | between the projections of a gated MLP            | 2 m e fused, 3 m e not                                         |
 | between those of a plain MLP                      | m e; 4 m e where GELU is written as tanh of a polynomial       |
+| between those of experts, k to a token            | 2 k m e, with m the width of one; 4 k m e where they are dense |
+| with an adapter on experts                        | h e (dense: k h e), and k m e between them; 2 k lora_r e       |
 
 A frozen projection without an adapter keeps nothing. Full fine-tuning keeps the input of every projection, in 16 bits
 beside float32 norms. With gradient checkpointing each layer keeps its input, and one layer at a time the rest. With
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 COMPUTE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "adamw_4bit": 1.03}  # of a parameter, see `halfbyte.optim.states`
 _INPUTS_ON_DEVICE = 3  # see `halfbyte.train.offload`
+_BETWEEN_EXPERTS = 2  # widths: gate and up; what follows is computed again, see `halfbyte.models.experts`
+_BETWEEN_DENSE_EXPERTS = 4  # in transformers' own way: the gate's activation and its product with up besides
+_ROUTING = 44  # bytes of a pair of token and expert: five indices, and its share
 _POLYNOMIAL_GELUS = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh")
 
 
@@ -82,17 +87,20 @@ def estimate(
         recipe: how it trains.
         config: of the model.
         outline: of the model.
-        adapted: the linear modules that get an adapter; empty for `method: full`.
+        adapted: the matrices that get an adapter, of linear modules and of experts; empty for `method: full`.
         length: tokens of the longest row, padding and both answers of a pair included.
         gpu: whether it runs on one.
         fused: whether its norms, gates and loss are fused there: by halfbyte on a CPU, by liger-kernel on a GPU.
     """
-    linear = sum(rows * columns for rows, columns in outline.shapes.values())
+    linear = matrices_of(outline)
     full, compute = recipe.method == "full", COMPUTE_BYTES[recipe.compute_dtype]
     quantized = linear if recipe.method == "qlora" else 0
     bits = QuantSpec(recipe.format, recipe.block_size, recipe.scale_bits).nominal_bits()
     base = quantized * bits / 8 + (outline.parameters - quantized) * (4 if full else compute)
-    adapter = sum(recipe.lora_r * (rows + columns) + rows * recipe.use_dora for rows, columns in adapted.values())
+    adapter = sum(
+        math.prod(experts) * (recipe.lora_r * (rows + columns) + rows * recipe.use_dora)
+        for *experts, rows, columns in adapted.values()
+    )
     trained = outline.parameters if full else adapter
     casts = (linear if full else adapter) * compute if compute < 4 else 0  # autocast's copies, kept until the step
     return Footprint(
@@ -106,6 +114,11 @@ def estimate(
     )
 
 
+def matrices_of(outline: Outline) -> int:
+    """Parameters of the linear layers and the experts, which are what qlora quantizes."""
+    return sum(math.prod(shape) for shape in (*outline.shapes.values(), *outline.experts.values()))
+
+
 def activation_bytes(
     recipe: Recipe, config: PretrainedConfig, adapted: Shapes, length: int, *, gpu: bool, fused: bool
 ) -> float:
@@ -115,6 +128,8 @@ def activation_bytes(
     residual = _residual_bytes(recipe)
     tokens = recipe.per_device_train_batch_size * length
     layer = tokens * _layer_bytes(recipe, sizes, adapted, length, gpu=gpu, fused=fused)
+    if recipe.method == "lora":  # peft adds the change of dense experts to the parameter, and autograd keeps the sum
+        layer += compute * sum(math.prod(shape) for shape in adapted.values() if len(shape) == 3) / layers
     kept = layers * layer
     if recipe.gradient_checkpointing:
         inputs = min(layers, _INPUTS_ON_DEVICE) if recipe.activation_offloading else layers
@@ -155,22 +170,31 @@ def _layer_bytes(recipe: Recipe, sizes: Any, adapted: Shapes, length: int, *, gp
     """Of one token in one layer."""
     hidden, compute = sizes.hidden_size, COMPUTE_BYTES[recipe.compute_dtype]
     between, gated = _mlp(sizes, fused=fused)
+    top_k = _top_k(sizes)
     width = _mlp_width(sizes)
+    inside: float = between * width
+    if top_k:
+        widths = _BETWEEN_EXPERTS if recipe.method == "qlora" else _BETWEEN_DENSE_EXPERTS
+        inside = between * _shared_width(sizes) + widths * width + top_k * _ROUTING / compute
     own_dropout = any(getattr(sizes, name, 0) for name in ("resid_pdrop", "hidden_dropout_prob", "dropout"))
     kept = _attention_bytes(sizes, compute, length, gpu=gpu) + 2 * hidden * compute * own_dropout
     if recipe.method == "full":
         inputs = 5 if gated else 4  # each projection has a cast of its own, where there is one to cast
-        of_projections = (inputs if compute < 4 else 2) * hidden + width
-        return kept + 4 * hidden * 4 + (of_projections + between * width) * compute
-    kept += 2 * hidden * (4 if not fused and gated and compute < 4 else compute) + between * width * compute
+        of_projections = (inputs if compute < 4 else 2) * hidden + width + top_k * hidden
+        return kept + 4 * hidden * 4 + (of_projections + inside) * compute
+    kept += 2 * hidden * (4 if not fused and gated and compute < 4 else compute) + inside * compute
     per_layer = sizes.num_hidden_layers
-    kept += recipe.lora_r * compute * len(adapted) / per_layer
+    linear = {name: shape[1] for name, shape in adapted.items() if len(shape) == 2}
+    experts = [shape[2] for shape in adapted.values() if len(shape) == 3]
+    gathered = recipe.method == "lora"  # a row for each pair of token and expert
+    narrow = sum(columns for columns in experts if gathered or columns != hidden)
+    kept += (recipe.lora_r * (len(linear) + top_k * len(experts)) + top_k * narrow) * compute / per_layer
     if recipe.lora_dropout:
-        return kept + sum(columns for _, columns in adapted.values()) * (compute + 1) / per_layer
-    attention = any(in_attention(name) for name in adapted)
-    up = any(columns == hidden for name, (_, columns) in adapted.items() if not in_attention(name))
-    down = any(columns == width for name, (_, columns) in adapted.items() if not in_attention(name))
-    return kept + (attention * hidden + up * hidden + down * width) * compute
+        return kept + sum(linear.values()) * (compute + 1) / per_layer
+    attention = any(in_attention(name) for name in linear)
+    up = hidden in [*experts, *(columns for name, columns in linear.items() if not in_attention(name))]
+    down = sum(columns for name, columns in linear.items() if not in_attention(name) and columns != hidden) / per_layer
+    return kept + (attention * hidden + up * hidden + down) * compute
 
 
 def _attention_bytes(sizes: Any, compute: int, length: int, *, gpu: bool) -> float:
@@ -190,12 +214,25 @@ def _mlp(sizes: Any, *, fused: bool) -> tuple[int, bool]:
     return (4 if activation in _POLYNOMIAL_GELUS else 1), False
 
 
+def _top_k(sizes: Any) -> int:
+    """Experts that a token is sent to; 0 where there are none."""
+    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    return int(next((count for name in names if (count := getattr(sizes, name, None))), 0))
+
+
 def _mlp_width(sizes: Any) -> int:
     """Features between the projections that a token passes; of experts, those that it is sent to."""
-    experts = getattr(sizes, "num_experts_per_tok", None)
+    experts = _top_k(sizes)
     width = getattr(sizes, "moe_intermediate_size", None) if experts else None
     width = width or getattr(sizes, "intermediate_size", None) or getattr(sizes, "n_inner", None)
-    return int(width or 4 * sizes.hidden_size) * int(experts or 1)
+    return int(width or 4 * sizes.hidden_size) * (experts or 1)
+
+
+def _shared_width(sizes: Any) -> int:
+    """Features between the projections of the experts that every token passes."""
+    width = getattr(sizes, "shared_expert_intermediate_size", None)
+    each = getattr(sizes, "moe_intermediate_size", None) or 0
+    return int(width or (getattr(sizes, "n_shared_experts", None) or 0) * each)
 
 
 def rounded_down(rank: float) -> int:

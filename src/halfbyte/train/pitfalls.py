@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 from halfbyte.formats import QuantSpec
 from halfbyte.nn.parts import liger_available
-from halfbyte.train.footprint import Footprint, estimate, rounded_down
-from halfbyte.train.targets import adapted_modules, in_attention
+from halfbyte.train.footprint import Footprint, estimate, matrices_of, rounded_down
+from halfbyte.train.targets import in_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from halfbyte.device import Machine
     from halfbyte.train.recipe import Recipe
-    from halfbyte.train.targets import Outline
+    from halfbyte.train.targets import Outline, Targets
 
 USABLE = 0.9  # of the memory; the rest is the system's, the libraries' and lost between allocations
 # Adapters learn best at about ten times the rate of full fine-tuning: the QLoRA paper took 1e-4 to 2e-4, and 1e-5 to
@@ -41,7 +41,7 @@ class Setting:
     Attributes:
         recipe: as given.
         config: of the model; `outline`: its modules.
-        targets: what `check_targets` gave.
+        targets: what `check_targets` gave; None for `method: full`.
         length: tokens of the longest row.
         machine: where it runs.
     """
@@ -49,13 +49,13 @@ class Setting:
     recipe: Recipe
     config: PretrainedConfig
     outline: Outline
-    targets: str | list[str]
+    targets: Targets | None
     length: int
     machine: Machine
 
     def footprint(self, *, attention: bool = False, **keys: object) -> Footprint:
         """The estimate, with other values for some keys, or with adapters in attention only."""
-        adapted = {} if self.recipe.method == "full" else adapted_modules(self.outline.shapes, self.targets)
+        adapted = self.targets.adapted if self.targets else {}
         if attention:
             adapted = {name: shape for name, shape in adapted.items() if in_attention(name)}
         recipe = self.recipe.model_copy(update=keys)
@@ -159,7 +159,7 @@ def _rank(setting: Setting) -> str:
         bits = QuantSpec(recipe.format, recipe.block_size, recipe.scale_bits).nominal_bits()
         saved, what = now.quantized * (16 - bits) / 8, "quantizing the base saves over 16 bits"
     else:
-        linear = sum(rows * columns for rows, columns in setting.outline.shapes.values())
+        linear = matrices_of(setting.outline)
         saved, what = float(FULL_TRAINING * linear), "freezing the base saves"
     if cost <= EATEN * saved:
         return ""

@@ -26,6 +26,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_serializer,
     field_validator,
     model_validator,
@@ -110,6 +111,11 @@ class Recipe(BaseModel):
     lora_bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained")
     target_modules: Literal["all-linear", "attention"] | tuple[str, ...] = Field(
         "all-linear", description="linear modules that get an adapter: a group, or a list of names"
+    )
+    target_parameters: Literal["experts"] | tuple[str, ...] | None = Field(
+        None,
+        description="weights of a mixture's experts that get an adapter for each expert: all of them, or those named; "
+        "null: all, if target_modules is all-linear, and else none",
     )
     modules_to_save: tuple[str, ...] = Field((), description="modules that are trained whole and saved")
     new_tokens: tuple[str, ...] = Field(
@@ -210,11 +216,13 @@ class Recipe(BaseModel):
         bare = [source == Source(source.path) for source in sources]
         return [entry["path"] if alone else entry for entry, alone in zip(plain, bare, strict=True)]
 
-    @field_validator("target_modules", "modules_to_save", "label_names", "new_tokens", mode="before")
+    @field_validator(
+        "target_modules", "target_parameters", "modules_to_save", "label_names", "new_tokens", mode="before"
+    )
     @classmethod
-    def _as_tuple(cls, value: Any) -> Any:
+    def _as_tuple(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML has lists; a frozen object holds tuples; a single name stands for a list of one."""
-        if isinstance(value, str) and value not in ("all-linear", "attention"):
+        if isinstance(value, str) and value not in _choices(cls.model_fields[str(info.field_name)].annotation):
             return (value,)
         return tuple(value) if isinstance(value, list) else value
 

@@ -47,7 +47,7 @@ from halfbyte.train.optimizers import check_optimizer
 from halfbyte.train.pitfalls import Setting, find_pitfalls
 from halfbyte.train.progress import Metrics
 from halfbyte.train.recipe import Recipe, is_hub_name
-from halfbyte.train.targets import Outline, check_targets, outline, trainable_report
+from halfbyte.train.targets import Outline, Targets, check_targets, outline, trainable_report
 from halfbyte.train.tasks import TASKS, Task
 from halfbyte.train.unfinished import Unfinished, finished_summary, unfinished_run
 from halfbyte.train.watching import PLOT, SAMPLES, Sampler, Samples, Tracker, check_tracker, plot_losses
@@ -79,7 +79,7 @@ class DataInputs:
 class Inputs(DataInputs):
     """What was asked for, read and checked."""
 
-    targets: str | list[str]
+    targets: Targets | None  # of an adapter
     config: PretrainedConfig
     outline: Outline
 
@@ -185,7 +185,7 @@ def check_request(recipe: Recipe) -> Inputs:
             f"{recipe.model_name_or_path} are quantized already; name the model that it was made from."
         )
     model = outline(config, task.model_task)
-    targets: str | list[str] = [] if recipe.method == "full" else check_targets(recipe, model.shapes)
+    targets = None if recipe.method == "full" else check_targets(recipe, model)
     return Inputs(task, tokenizer, max_length, pieces, targets, config, model)
 
 
@@ -254,6 +254,7 @@ def _train_in(run: Unfinished, recipe: Recipe, inputs: Inputs, measures: Measure
         "data": data,
         **_cost_of(base),
         **trainable_report(model),
+        **(inputs.targets.summary() if inputs.targets else {}),
         "trained_whole": [*recipe.modules_to_save, *head],
         "warnings": warnings,
         "processes": ranks.count(),
@@ -324,6 +325,8 @@ def add_adapter(
     targets: str | list[str],
     head: Sequence[str] = (),
     new_tokens: Sequence[int] = (),
+    *,
+    parameters: Sequence[str] = (),
 ) -> Any:
     """The base with the recipe's adapter, or the base itself for `method: full`. What is trained is float32.
 
@@ -333,6 +336,7 @@ def add_adapter(
         targets: modules that get one.
         head: modules of a classifier that are trained whole.
         new_tokens: tokens whose rows of the embeddings are trained.
+        parameters: that get one and are no module's weight: experts.
 
     Raises:
         RequestError: the model folder holds something in 4 bits that is to be trained whole.
@@ -358,6 +362,7 @@ def add_adapter(
         lora_dropout=recipe.lora_dropout,
         bias=recipe.lora_bias,
         target_modules=targets,
+        target_parameters=list(parameters) or None,
         # peft's "all-linear" leaves a head out where the task is SEQ_CLS, and not where it is TOKEN_CLS
         exclude_modules=list(head) if recipe.task == "token-classification" else None,
         modules_to_save=[name for name in whole if name not in SEQ_CLS_HEAD_NAMES] or None,  # peft adds those
@@ -383,7 +388,13 @@ def _adapted(base: PreTrainedModel, recipe: Recipe, inputs: Inputs, console: Con
         add_rows(base, inputs.pieces)
     report: Any = base.halfbyte_report
     console.print(f"base: {report}")
-    model = add_adapter(base, recipe, inputs.targets, inputs.outline.head, list(inputs.pieces))
+    targets = inputs.targets
+    if targets is None:
+        return add_adapter(base, recipe, [])
+    model = add_adapter(
+        base, recipe, targets.modules, inputs.outline.head, list(inputs.pieces), parameters=targets.parameters
+    )
+    console.print(f"adapter: {trainable_report(model)['trained_parameters']:,} parameters are trained, {targets}")
     if recipe.init_lora_weights == "loftq":
         from halfbyte.models import init_loftq
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import halfbyte as hb
 from halfbyte.errors import ShapeError
 from halfbyte.kernels import reference, tuning
+from halfbyte.kernels.triton import grouped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = tuning.Tile(16, 32, 64, 4, 2)
@@ -105,6 +107,71 @@ def test_nothing_and_wrong_sizes(ops, device):
     ):
         with pytest.raises(ShapeError):
             ops["grouped_linear"](*q.packed(), *wrong)
+
+
+def stand_in(calls):
+    """torch's grouped GEMM as it is documented: ends as int32 on the device, rows from the last one on as they were."""
+
+    def grouped_mm(x, weight, *, offs):
+        assert x.dtype == weight.dtype == torch.bfloat16 and offs.dtype == torch.int32 and len(offs) == len(weight)
+        assert x.is_contiguous() and 1 in weight.stride()[1:]
+        calls.append((len(weight), len(x)))
+        y = torch.full((len(x), weight.shape[2]), torch.nan, dtype=x.dtype, device=x.device)
+        for expert, (first, last) in enumerate(pairwise([0, *offs.tolist()])):
+            y[first:last] = x[first:last] @ weight[expert]
+        return y
+
+    return grouped_mm
+
+
+@pytest.mark.parametrize("together", [5, 2, 1])
+def test_decoded_experts_by_torchs_grouped_product(ops, device, cast, monkeypatch, together):
+    """Some experts at a time: none of the last two has rows, and two rows belong to no expert."""
+    n, k, counts, calls = 40, 96, (0, 7, 20, 0, 0), []
+    for capability, line in list(tuning.GPU_TUNING.items()):
+        wanted = dataclasses.replace(line, grouped_rows=5, decoded_bytes=together * n * k * 2 + 7)
+        monkeypatch.setitem(tuning.GPU_TUNING, capability, wanted)
+    if device == "cpu" or torch.cuda.get_device_capability() != (9, 0):
+        monkeypatch.setattr(grouped, "_vendors_product", lambda *_: stand_in(calls))
+    q = hb.quantize(torch.randn(5, n, k) / k**0.5, "nf4", 64).to(device)
+    weight = cast(reference.OPS["dequantize"](*q.packed(), list(q.shape), torch.float32), torch.bfloat16).double()
+    ends = ends_of(counts, device)
+    for op, features, length, transposed in (
+        ("grouped_linear", n, k, False),
+        ("grouped_linear_grad_input", k, n, True),
+    ):
+        given = torch.randn(29, length, device=device).bfloat16()
+        found = ops[op](*q.packed(), features, given, ends)
+        product, magnitude = exact(weight, given, ends, transposed)
+        limit = ((length + 8) * 2.0**-23 + torch.finfo(torch.bfloat16).eps) * magnitude
+        assert ((found.double() - product).abs() <= limit).all()
+        assert not found[-2:].any()
+        few = ops[op](*q.packed(), features, given[:24], ends_of((0, 7, 17, 0, 0), device))
+        assert ((few.double() - product[:24]).abs() <= limit[:24]).all()
+    if calls:  # of 24 rows too few are each expert's
+        each = {5: [(5, 29)], 2: [(2, 7), (2, 20)], 1: [(1, 7), (1, 20)]}[together]
+        assert calls == 2 * each
+
+
+def test_torchs_grouped_product_is_taken_only_where_it_has_a_kernel(monkeypatch):
+    class Rows:
+        dtype, is_cuda, device = torch.bfloat16, True, "cuda"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", "public", raising=False)
+    monkeypatch.setattr(torch, "_grouped_mm", "private", raising=False)
+    assert grouped._vendors_product(Rows(), 64, 8) == "public"
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    assert grouped._vendors_product(Rows(), 64, 8) == "private"
+    assert grouped._vendors_product(Rows(), 60, 8) is None
+    monkeypatch.setattr(Rows, "dtype", torch.float16)
+    assert grouped._vendors_product(Rows(), 64, 8) is None
+    monkeypatch.setattr(Rows, "dtype", torch.bfloat16)
+    monkeypatch.delattr(torch, "_grouped_mm")  # torch 2.6
+    assert grouped._vendors_product(Rows(), 64, 8) is None
+    monkeypatch.setattr(torch, "_grouped_mm", "private", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0))
+    assert grouped._vendors_product(Rows(), 64, 8) is None
 
 
 @pytest.mark.gpu

@@ -4,6 +4,10 @@ How many rows an expert has is known on the device only, and the host does not w
 programs as any routing of so many rows could need; each finds its expert and its rows in the groups' ends, and those
 that are too many end at once. Weights are decoded into the tiles of a product on tensor cores, as in `tiles.py`.
 
+For many rows of each expert, experts are decoded and multiplied by torch's grouped GEMM, where it is fast; from how
+many on is data (`tuning.GpuTuning`). It finds its rows on the device, too. What does not fit into the memory set aside
+for decoded experts is done some experts at a time, and for that the host has to read the ends.
+
 Weights that `tiles.py` does not take (8-bit codes, blocks that rows share within 32 columns) run on the reference,
 which does wait.
 
@@ -12,6 +16,7 @@ Importing this module imports triton.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +24,11 @@ import triton
 import triton.language as tl
 
 from halfbyte.kernels import reference
-from halfbyte.kernels.schema import check_grouped
+from halfbyte.kernels.schema import check_grouped, group_bounds, split_packed
+from halfbyte.kernels.triton.dequantize import decode
 from halfbyte.kernels.triton.tiles import partial_sum
-from halfbyte.kernels.triton.weights import shared_scales, takes, weight_beside
-from halfbyte.kernels.tuning import Tile, gpu_tuning
+from halfbyte.kernels.triton.weights import packed_weight, shared_scales, takes, weight_beside
+from halfbyte.kernels.tuning import GpuTuning, Tile, gpu_tuning
 
 # For float32, and for cards before 8.0: a larger tile's operands do not fit into their registers.
 _NARROW = Tile(16, 32, 32, 4, 2)
@@ -115,6 +121,11 @@ def _multiply(op: str, args: tuple[Any, ...]) -> torch.Tensor:
     n, k = (x.shape[1], features) if gradient else (features, x.shape[1])
     weight = weight_beside(args, experts * n * k, x)
     group, tuning = shared_scales(weight, k), gpu_tuning(x.device)
+    vendors = _vendors_product(x, n, k)
+    if vendors is not None and 0 < tuning.grouped_rows * experts <= rows:
+        y = _decoded(vendors, args, x.contiguous(), ends, (n, k), tuning, gradient=gradient)
+        if y is not None:
+            return y
     if not group:
         return reference.OPS[op](*args)
     widen = dtype == torch.bfloat16 and not tuning.bfloat16
@@ -151,3 +162,50 @@ def _multiply(op: str, args: tuple[Any, ...]) -> torch.Tensor:
         enable_fp_fusion=False,
     )
     return out
+
+
+def _vendors_product(x: torch.Tensor, n: int, k: int) -> Callable[..., torch.Tensor] | None:
+    """torch's grouped GEMM, if it has a kernel for these operands: in torch 2.8 and 2.9 it has no public name."""
+    whole_reads = n % 8 == 0 and k % 8 == 0  # of 16 bytes
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not whole_reads or torch.version.hip:
+        return None
+    if torch.cuda.get_device_capability(x.device) != (9, 0):
+        return None
+    found: Callable[..., torch.Tensor] | None = getattr(torch.nn.functional, "grouped_mm", None)
+    return found or getattr(torch, "_grouped_mm", None)
+
+
+def _decoded(
+    multiply: Callable[..., torch.Tensor],
+    args: tuple[Any, ...],
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    shape: tuple[int, int],
+    tuning: GpuTuning,
+    *,
+    gradient: bool,
+) -> torch.Tensor | None:
+    """The product with decoded experts; None where the host would have to read the ends and must not."""
+    packed, size, experts = split_packed(args)[0], shape[0] * shape[1], len(ends)
+    together = max(1, tuning.decoded_bytes // (size * x.element_size()))
+
+    def product(first: int, count: int, rows: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        part = packed.span(first * size, count * size)
+        dense = decode(packed_weight(tuple(part), count * size), count * size, x.dtype).view(count, *shape)
+        return multiply(rows, dense if gradient else dense.transpose(1, 2), offs=to)
+
+    if together >= experts:
+        # Nobody has looked at the ends, see the kernel.
+        y = product(0, experts, x, ends.clamp(0, len(x)).cummax(0).values.to(torch.int32))
+        without = torch.arange(len(x), device=x.device) >= ends[-1]
+        return y.masked_fill_(without[:, None], 0)  # torch leaves these rows as they were
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    bounds = group_bounds(x, ends)
+    y = x.new_zeros((len(x), shape[1] if gradient else shape[0]))
+    for first in range(0, experts, together):
+        count = min(together, experts - first)
+        begin, end = bounds[first][0], bounds[first + count - 1][1]
+        if begin < end:
+            y[begin:end] = product(first, count, x[begin:end], ends[first : first + count] - begin)
+    return y
