@@ -17,7 +17,7 @@ import torch
 from halfbyte.errors import ShapeError
 from halfbyte.kernels import reference
 from halfbyte.kernels.reference.linear import add_branches, check_adapters
-from halfbyte.kernels.triton import tiles, vector
+from halfbyte.kernels.triton import pairs, tiles, vector
 from halfbyte.kernels.triton.dequantize import decode
 from halfbyte.kernels.triton.products import Branch, Product
 from halfbyte.kernels.triton.weights import shared_scales, takes, weight_beside
@@ -90,7 +90,8 @@ def _forward(
         b = b if takes(b.dtype, x.device) else b.to(dtype)
         branch = Branch(x.view(rows, k) @ a.to(dtype).t(), b.contiguous(), scaling)
     out = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
-    kernel = vector if by_vector else tiles
+    by_pairs = tuning.pairs and dtype == torch.bfloat16 and not torch.version.hip
+    kernel = (pairs if by_pairs else vector) if by_vector else tiles
     kernel.multiply(Product(weight, group, rows, n, k, x, out, bias, branch), tuning)
     return out
 

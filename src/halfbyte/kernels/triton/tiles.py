@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from halfbyte.kernels.triton.products import Branch, Product
-from halfbyte.kernels.triton.weights import lane_values, looked_up, scale_at
+from halfbyte.kernels.triton.weights import lane_values, looked_up, multiprocessors, scale_at
 from halfbyte.kernels.tuning import GpuTuning
 
 
@@ -287,6 +287,5 @@ def multiply(product: Product, tuning: GpuTuning) -> None:
 
 def _splits(programs: int, steps: int, tuning: GpuTuning, device: torch.device) -> int:
     """In how many parts a sum of `steps` tiles is computed, where the outputs give `programs` programs."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = triton.cdiv(tuning.programs * multiprocessors, programs)
+    wanted = triton.cdiv(tuning.programs * multiprocessors(device), programs)
     return max(min(wanted, steps // 4), 1)
