@@ -48,6 +48,8 @@ HEADLINE = {"7 B": 6, "33 B": 24, "65 B": 48}  # GB that QLoRA's paper promises
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 4096)
 # What shared/TARGETS.md asks for: share of the card's limit, times dense.
 TARGETS = {"dequantize": (0.85, None), "1 row": (0.85, 3.3), "4096 rows": (None, 0.9)}
+EXPERTS = (128, 1536, 2048, 8)  # of Qwen3-30B-A3B: how many, gate and up, hidden, and how many each token goes to
+DEVICE = "cuda"
 LARGE = (28_672, 8192)  # a weight whose reading outlasts the start of a kernel
 Line = dict[str, Any]
 
@@ -182,14 +184,14 @@ def seconds(call: Callable[[], Any]) -> float:
 def copy_rate() -> float:
     """Bytes read and written a second by a copy of 4 GiB, or of a tenth of what is free."""
     count = min(1 << 32, torch.cuda.mem_get_info()[0] // 10)
-    source = torch.zeros(count, dtype=torch.uint8, device="cuda")
+    source = torch.zeros(count, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * count / seconds(lambda: target.copy_(source))
 
 
 def gemm_rate() -> float:
     """Floating-point operations a second of torch's product of random 8192 x 8192 in bf16."""
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device=DEVICE).bfloat16() for _ in range(2))
     return 2 * 8192**3 / seconds(lambda: a @ b)
 
 
@@ -219,7 +221,7 @@ def kernels(limits: dict[str, float], variants: Sequence[str]) -> list[Line]:
     """Each kernel on a weight of 4096 x 4096 in NF4, double-quantized, and the product of one row with a large one."""
     import halfbyte as hb
 
-    w = torch.randn(SIZE, SIZE, device="cuda").bfloat16()
+    w = torch.randn(SIZE, SIZE, device=DEVICE).bfloat16()
     q = hb.quantize(w)
     peer, why = None, {}
     if find_spec("bitsandbytes"):
@@ -233,7 +235,7 @@ def kernels(limits: dict[str, float], variants: Sequence[str]) -> list[Line]:
     ]
     lines[0] |= why
     for rows in ROWS:
-        x = torch.randn(rows, SIZE, device="cuda").bfloat16()
+        x = torch.randn(rows, SIZE, device=DEVICE).bfloat16()
         few = rows <= 32
         amount, limit = (q.nbytes, limits["bytes"]) if few else (2 * rows * SIZE**2, limits["flops"])
         calls = (
@@ -248,8 +250,8 @@ def kernels(limits: dict[str, float], variants: Sequence[str]) -> list[Line]:
         )
     lines += large(limits, variants)
     for rows in (512, 4096):
-        x = torch.randn(rows, SIZE, device="cuda").bfloat16().requires_grad_()
-        grad = torch.randn(rows, SIZE, device="cuda").bfloat16()
+        x = torch.randn(rows, SIZE, device=DEVICE).bfloat16().requires_grad_()
+        grad = torch.randn(rows, SIZE, device=DEVICE).bfloat16()
         calls = (
             lambda x=x, grad=grad: torch.nn.functional.linear(x, q).backward(grad),
             peer and (lambda x=x, grad=grad: peer.linear(x).backward(grad)),
@@ -271,8 +273,8 @@ def in_variants(work: str, variants: Sequence[str], calls: Sequence[Any], amount
 def large(limits: dict[str, float], variants: Sequence[str]) -> list[Line]:
     """One row: 8.7 MB are read in two microseconds, in which no kernel reaches the memory's rate; these are 121 MB."""
     n, k = LARGE
-    q, dense = random_weight(n, k, "cuda"), torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(1, k, device="cuda").bfloat16()
+    q, dense = random_weight(n, k, DEVICE), torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(1, k, device=DEVICE).bfloat16()
     calls = (lambda: torch.nn.functional.linear(x, q), None, lambda: torch.nn.functional.linear(x, dense))
     work = f"1 row, {n} x {k}"
     lines = [line(work, *calls, q.nbytes, limits["bytes"])]
@@ -280,17 +282,17 @@ def large(limits: dict[str, float], variants: Sequence[str]) -> list[Line]:
 
 
 def experts(limits: dict[str, float]) -> list[Line]:
-    """Qwen3-30B-A3B's gate and up: 128 experts of 1536 x 2048, of which each token goes to eight."""
+    """Products by expert, of few tokens and many."""
     from halfbyte.nn import grouped_linear, route
 
-    count, n, k, top_k = 128, 1536, 2048, 8
-    q = random_weight(count * n, k, "cuda").view(count, n, k)
+    count, n, k, top_k = EXPERTS
+    q = random_weight(count * n, k, DEVICE).view(count, n, k)
     dense = q.dequantize(torch.bfloat16)
     torchs = getattr(torch.nn.functional, "grouped_mm", None)
     lines = []
     for tokens in (1, 8, 128, 2048):
-        routing = route(torch.rand(tokens, count, device="cuda").argsort(1)[:, :top_k], count)
-        x = torch.randn(tokens * top_k, k, device="cuda").bfloat16()
+        routing = route(torch.rand(tokens, count, device=DEVICE).argsort(1)[:, :top_k], count)
+        x = torch.randn(tokens * top_k, k, device=DEVICE).bfloat16()
         used = int((routing.ends.diff(prepend=routing.ends.new_zeros(1)) > 0).sum())
         by_bytes, by_flops = used * q.nbytes / count / limits["bytes"], 2 * len(x) * n * k / limits["flops"]
         calls = (
@@ -345,7 +347,7 @@ def row(line: Line) -> list[str]:
 
 def crossover(variants: Sequence[str]) -> dict[str, list[float | None]]:
     """Seconds of each way of a product by rows of x, None where it cannot be done."""
-    q = random_weight(SIZE, SIZE, "cuda")
+    q = random_weight(SIZE, SIZE, DEVICE)
     dense = q.dequantize()
     most = 1 << 20
     tiles = {"vector_rows": 0, "linear_rows": most, "grad_rows": most}
@@ -365,7 +367,7 @@ def crossover(variants: Sequence[str]) -> dict[str, list[float | None]]:
     ways += [(f"g W, {name}", way, gradient) for name, way in (by_tile | decoded).items()]
     times: dict[str, list[float | None]] = {name: [] for name, _, _ in ways}
     for rows in ROWS[:-1]:
-        x = torch.randn(rows, SIZE, device="cuda").bfloat16()
+        x = torch.randn(rows, SIZE, device=DEVICE).bfloat16()
         for name, way, call in ways:
             with nullcontext() if way is None else changed_tuning(**way):
                 measured = line(name, partial(call, x), None, None, 1, 1)
@@ -396,14 +398,15 @@ def decode(limits: dict[str, float]) -> dict[str, Any]:
 
 def decode_with(contender: str, limits: dict[str, float], results: dict[str, Any]) -> None:
     """Add one contender's rates to `results`."""
-    model = random_llama(llama_config("7 B"), contender, "cuda").eval()
+    model = random_llama(llama_config("7 B"), contender, DEVICE).eval()
     with torch.inference_mode():
         if contender == "halfbyte":
             layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
             nbytes = sum(layer.weight.nbytes for layer in layers)
-            results["the products of a token at the speed of a copy"] = limits["bytes"] / nbytes
+            if limits["bytes"] == limits["bytes"]:  # it was measured
+                results["the products of a token at the speed of a copy"] = limits["bytes"] / nbytes
             results["the products of a token, CUDA graph"] = 1 / graph_seconds(layers)
-        ids = torch.randint(32_000, (1, 16), device="cuda")
+        ids = torch.randint(32_000, (1, 16), device=DEVICE)
         took_for = {}
         for count in (1, 33):
             arguments = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
@@ -418,7 +421,7 @@ def decode_with(contender: str, limits: dict[str, float], results: dict[str, Any
 
 def graph_seconds(layers: Sequence[torch.nn.Module]) -> float:
     """All layers on a row each, captured once and replayed."""
-    inputs = {layer.in_features: torch.randn(1, layer.in_features, device="cuda").bfloat16() for layer in layers}
+    inputs = {layer.in_features: torch.randn(1, layer.in_features, device=DEVICE).bfloat16() for layer in layers}
 
     def once() -> None:
         for layer in layers:

@@ -139,6 +139,62 @@ def test_a_machine_where_everything_fails(tmp_path, monkeypatch):
     assert "crossover" in report.failed
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """The suite with small sizes on the CPU, whatever it takes from CUDA replaced."""
+    import contextlib
+
+    import _gpu_models
+    import gpu_suite
+
+    def once(call):
+        call()
+        return 0.5
+
+    sizes = {"SIZE": 64, "LARGE": (96, 64), "EXPERTS": (4, 32, 64, 2), "ROWS": (1, 2, 32, 64, 128), "DEVICE": "cpu"}
+    changes = {"seconds": once, "changed_tuning": lambda **changes: contextlib.nullcontext()}
+    changes["graph_seconds"] = lambda layers: len(layers) / 14
+    for name, value in (sizes | changes).items():
+        monkeypatch.setattr(gpu_suite, name, value)
+    monkeypatch.setitem(_gpu_models.SHAPES, "7 B", (64, 128, 2, 4, 4))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return gpu_suite
+
+
+def test_every_line_is_measured(tiny):
+    limits, variants = {"bytes": 1e6, "flops": 1e9}, ["shuffled", "pairs"]
+    lines = tiny.kernels(limits, variants)
+    assert all("ours" in line and line["share"] > 0 for line in lines), lines
+    works = [line["work"] for line in lines]
+    assert works[2:5] == ["1 row", "1 row, shuffled", "1 row, pairs"] and "2 rows, pairs" not in works
+    assert works[-5:-2] == ["1 row, 96 x 64", "1 row, 96 x 64, shuffled", "1 row, 96 x 64, pairs"]
+    experts = tiny.experts(limits)
+    assert [line["work"] for line in experts][:2] == ["experts, 1 token", "experts, 8 tokens"]
+    assert all("ours" in line for line in experts)
+    assert all(len(tiny.row(line)) == 10 for line in [*lines, *experts])
+    by_work = {line["work"]: tiny.row(line) for line in lines}
+    assert by_work["1 row, pairs"][6] == by_work["1 row"][6] == "3.3" and by_work["1 row, pairs"][8] == "85%"
+    assert by_work["4096 rows, forward + backward"][6] == ""
+
+
+def test_each_way_of_a_product_is_measured(tiny):
+    times = tiny.crossover(["shuffled", "pairs"])
+    assert list(times) == [
+        *("row", "row, shuffled", "row, pairs", "tiles", "tiles, shuffled", "decoded", "dense"),
+        *("g W, tiles", "g W, tiles, shuffled", "g W, decoded"),
+    ]
+    assert all(column == [0.5] * 4 for column in times.values())
+    assert tiny.crossover_table(times).count("500.0000") == 40
+
+
+def test_decoding_is_measured(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "find_spec", lambda name: None)
+    decoded = tiny.decode({"bytes": 1e6})
+    assert decoded["the products of a token, CUDA graph"] == 1
+    assert decoded["halfbyte, transformers' generate"] > 0
+    assert tiny.decode_table(decoded | {"bitsandbytes, not measured": "ImportError: x"}).count("\n") == 5
+
+
 def test_a_contender_that_fails_leaves_its_line(monkeypatch):
     import gpu_suite
 
