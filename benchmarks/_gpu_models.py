@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +73,41 @@ def random_llama(config: Any, contender: str, device: str) -> Any:
             setattr(module, own, nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
     return model
+
+
+def write_folder(model: Any, folder: Path) -> None:
+    """A model of `random_llama` as a folder in bitsandbytes' own serialization, with a tokenizer of four words."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from halfbyte.tensor import QuantizedTensor, flatten
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        weight = parameter.data
+        tensors |= flatten(name, weight) if isinstance(weight, QuantizedTensor) else {name: weight}
+    config = model.config.to_dict() | {
+        "architectures": [type(model).__name__],
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",  # the key's name before transformers 4.56
+        "pad_token_id": 3,
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+        },
+    }
+    folder.mkdir(parents=True)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(special.values())}, "<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
 def with_adapter(model: Any, contender: str, activations: str) -> Any:

@@ -1,37 +1,39 @@
 """Everything halfbyte does on a card, in one run of less than eight minutes: verified, then timed.
 
-    python benchmarks/gpu_suite.py [--minutes 8] [--crossover]
+    python benchmarks/gpu_suite.py [--minutes 8] [--crossover] [--json FILE]
     python benchmarks/gpu_suite.py --memory      needs no card
 
 Kernels beside torch's dense product, bitsandbytes where it can be imported, and the card's own measured limits (a copy
 in its memory, a dense GEMM); decoding; a training step of Llamas of 1 to 70 B parameters whose random 4-bit weights are
-made on the card. What there is no time or no memory for is named in the result. `--crossover` prints instead where the
-ways of a product take over from each other: the lines of kernels/tuning.py. `--memory` prints what training takes, by
-the formulas that `halfbyte train` warns with.
+made on the card. What there is no time or no memory for, and what fails, is named in its row and in the last line, and
+the rest is measured; where something failed the exit code is 1. `--crossover` prints instead where the ways of a
+product take over from each other: the lines of kernels/tuning.py. `--memory` prints what training takes, by the
+formulas that `halfbyte train` warns with.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import gc
 import json
 import platform
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from _assets import table
-from _gpu_models import SHAPES, llama_config, random_llama, random_weight, with_adapter
+from _gpu_decoder import decoder_rates
+from _gpu_models import SHAPES, llama_config, random_llama, random_weight
+from _gpu_training import release, training
+from _gpu_verify import SIZE, VARIANTS, changed_tuning, first_line, verified
 
-SIZE = 4096
-LENGTH = 2048
 LIBRARIES = (
     "halfbyte",
     "torch",
@@ -47,7 +49,37 @@ HEADLINE = {"7 B": 6, "33 B": 24, "65 B": 48}  # GB that QLoRA's paper promises
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 4096)
 # What shared/TARGETS.md asks for: share of the card's limit, times dense.
 TARGETS = {"dequantize": (0.85, None), "1 row": (0.85, 3.3), "4096 rows": (None, 0.9)}
+EXPERTS = (128, 1536, 2048, 8)  # of Qwen3-30B-A3B: how many, gate and up, hidden, and how many each token goes to
+DEVICE = "cuda"
+LARGE = (28_672, 8192)  # a weight whose reading outlasts the start of a kernel
 Line = dict[str, Any]
+
+
+class Report:
+    """What was measured so far. A section that fails is named and does not end the run."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.result: dict[str, Any] = {"benchmark": "gpu_suite", "date": str(date.today())}
+        self.failed: dict[str, str] = {}
+
+    def section(self, name: str, call: Callable[[], Any], show: Callable[[Any], str] = str) -> Any:
+        """What `call` returns, kept under `name` and shown; None where it fails."""
+        value = None
+        try:
+            value = self.result[name] = call()
+            print(show(value), "\n", flush=True)
+        except Exception as error:
+            self.failed[name] = first_line(error)
+            print(f"{name}: {self.failed[name]}\n", flush=True)
+        release()
+        if self.path is not None:
+            self.path.write_text(self.text() + "\n")
+        return value
+
+    def text(self) -> str:
+        """One line of JSON."""
+        return json.dumps(self.result | ({"failed": self.failed} if self.failed else {}))
 
 
 def main() -> None:
@@ -56,6 +88,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8, help="what the run may take")
     parser.add_argument("--crossover", action="store_true", help="times of each way of a product, by rows")
     parser.add_argument("--memory", action="store_true", help="the table of what training takes, computed")
+    parser.add_argument("--json", type=Path, help="a file for the last line, written again after each section")
     options = parser.parse_args()
     if options.memory:
         for length in (512, 16_384):
@@ -65,51 +98,62 @@ def main() -> None:
         print("benchmark skipped: torch sees no CUDA device, and this one is about nothing else")
         return
     torch.manual_seed(0)
-    end = time.monotonic() + 60 * options.minutes
-    for shuffle in (False, True):
-        with changed_tuning(shuffle=shuffle):
-            verify()
-    if options.crossover:
-        print(
-            table(
-                (
-                    "rows",
-                    "row ms",
-                    "shuffled",
-                    "tiles",
-                    "shuffled",
-                    "decoded",
-                    "dense",
-                    "g W tiles",
-                    "shuffled",
-                    "decoded",
-                ),
-                crossover(),
-            )
-        )
-        header = (
-            "rows of an expert",
-            "tiles ms",
-            "decoded",
-            "some at a time",
-            "g W tiles",
-            "decoded",
-            "some at a time",
-        )
-        print("\n" + table(header, expert_crossover()))
+    report = Report(options.json)
+    measure(report, time.monotonic() + 60 * options.minutes, options.crossover)
+    print(report.text(), flush=True)
+    if report.failed:
+        sys.exit(1)
+
+
+def measure(report: Report, end: float, only_crossover: bool) -> None:
+    """Each section, the ones that are asked for most often first."""
+    report.section("machine", machine)
+    checks = report.section("verified", verified) or {}
+    report.failed |= {f"verified, {name}": said for name, said in checks.items() if said != "ok"}
+    # A variant that is wrong may have left an illegal address behind: it is not run in this process.
+    variants = [name for name, said in checks.items() if said == "ok" and name != "plain"]
+    if only_crossover:
+        report.section("crossover", partial(crossover, variants), crossover_table)
+        report.section("crossover of experts", expert_crossover, expert_crossover_table)
         return
-    limits = {"bytes": copy_rate(), "flops": gemm_rate()}
-    print(f"copy {limits['bytes'] / 1e12:.2f} TB/s, bf16 GEMM {limits['flops'] / 1e12:.0f} TFLOP/s\n")
-    lines = [*kernels(limits), *experts(limits)]
-    header = ("work", "halfbyte ms", "bitsandbytes", "dense ms", "x bnb", "x dense", "target", "share", "target")
-    print(table(header, [row(line) for line in lines]), "\n")
-    decoded = decode(limits)
-    print(table(("decoding, 7 B", "tokens/s"), [[name, f"{value:.1f}"] for name, value in decoded.items()]), "\n")
-    steps = training(end)
+    limits = report.section("limits", measured_limits) or {"bytes": float("nan"), "flops": float("nan")}
+    header = (
+        "work",
+        "halfbyte ms",
+        "bitsandbytes",
+        "dense ms",
+        "x bnb",
+        "x dense",
+        "target",
+        "share",
+        "target",
+        "why not",
+    )
+
+    def show(lines: list[Line]) -> str:
+        return table(header, [row(line) for line in lines])
+
+    report.section("kernels", lambda: kernels(limits, variants), show)
+    report.section("experts", lambda: experts(limits), show)
+    report.section("decode", lambda: decode(limits), decode_table)
+    report.section("training", lambda: training(end), training_table)
+
+
+def measured_limits() -> dict[str, float]:
+    """Bytes and floating-point operations a second."""
+    return {"bytes": copy_rate(), "flops": gemm_rate()}
+
+
+def decode_table(decoded: dict[str, Any]) -> str:
+    """Rates, or what went wrong."""
+    cells = [[name, f"{value:.1f}" if isinstance(value, float) else value] for name, value in decoded.items()]
+    return table(("decoding, 7 B", "tokens/s"), cells)
+
+
+def training_table(steps: list[Line]) -> str:
+    """A row for each step."""
     names = ("model", "contender", "activations", "tokens/s", "peak GB", "why not")
-    print(table(names, [[str(step.get(name, "")) for name in names] for step in steps]))
-    result = {"limits": limits, "kernels": lines, "decode": decoded, "training": steps}
-    print(json.dumps({"benchmark": "gpu_suite", "date": str(date.today()), **machine(), **result}))
+    return table(names, [[str(step.get(name, "")) for name in names] for step in steps])
 
 
 def machine() -> dict[str, Any]:
@@ -132,53 +176,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def verify() -> None:
-    """The registered ops equal the reference on the card: to the bit, and products within bf16's rounding."""
-    import halfbyte as hb
-    from halfbyte.kernels import reference
-
-    w = torch.randn(1000, SIZE, device="cuda")
-    q = hb.quantize(w)
-    codes, scales = reference.OPS["quantize"](w, "nf4", 64)
-    expected = (codes, *reference.OPS["quantize_scales"](scales, 8))
-    assert all(torch.equal(a, b) for a, b in zip(q.inner_tensors.values(), expected, strict=True)), "codes differ"
-    weight = reference.OPS["dequantize"](*q.packed(), [1000, SIZE], torch.bfloat16)
-    assert torch.equal(q.dequantize(torch.bfloat16), weight), "decoded weights differ"
-    for rows in (1, 3, 16, 100, 600):
-        x = torch.randn(rows, SIZE, device="cuda").bfloat16()
-        for found, exact in (
-            (torch.ops.halfbyte.linear(*q.packed(), 1000, x, None), x.double() @ weight.double().T),
-            (
-                torch.ops.halfbyte.linear_grad_input(*q.packed(), SIZE, x[:, :1000]),
-                x[:, :1000].double() @ weight.double(),
-            ),
-        ):
-            error = float((found.double() - exact).norm() / exact.norm())
-            assert error < 2**-8, f"the product of {rows} rows is off by {error:.2e}"
-    experts, ends = random_weight(8 * 128, 512, "cuda").view(8, 128, 512), [0, 1, 40, 40, 90, 300, 301, 301]
-    ends = torch.tensor(ends, device="cuda", dtype=torch.int32)
-    for op, features, given in (("grouped_linear", 128, 512), ("grouped_linear_grad_input", 512, 128)):
-        x = torch.randn(303, given, device="cuda").bfloat16()  # two rows that belong to no expert
-        found = getattr(torch.ops.halfbyte, op)(*experts.packed(), features, x, ends)
-        exact = reference.OPS[op](*experts.packed(), features, x.double(), ends)
-        error = float((found.double() - exact).norm() / exact.norm())
-        assert error < 2**-7, f"{op} is off by {error:.2e}"
-
-
-@contextmanager
-def changed_tuning(**changes: Any) -> Iterator[None]:
-    """This card's line of kernels/tuning.py with other values."""
-    from halfbyte.kernels import tuning
-
-    kept = tuning.gpu_tuning(torch.device("cuda"))
-    key = next(capability for capability, line in tuning.GPU_TUNING.items() if line is kept)
-    tuning.GPU_TUNING[key] = dataclasses.replace(kept, **changes)
-    try:
-        yield
-    finally:
-        tuning.GPU_TUNING[key] = kept
-
-
 def seconds(call: Callable[[], Any]) -> float:
     """The median of calls that find nothing in the card's caches."""
     from triton.testing import do_bench
@@ -189,14 +186,14 @@ def seconds(call: Callable[[], Any]) -> float:
 def copy_rate() -> float:
     """Bytes read and written a second by a copy of 4 GiB, or of a tenth of what is free."""
     count = min(1 << 32, torch.cuda.mem_get_info()[0] // 10)
-    source = torch.zeros(count, dtype=torch.uint8, device="cuda")
+    source = torch.zeros(count, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * count / seconds(lambda: target.copy_(source))
 
 
 def gemm_rate() -> float:
     """Floating-point operations a second of torch's product of random 8192 x 8192 in bf16."""
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device=DEVICE).bfloat16() for _ in range(2))
     return 2 * 8192**3 / seconds(lambda: a @ b)
 
 
@@ -222,19 +219,25 @@ class Bitsandbytes:
         return self._bnb.matmul_4bit(x, self.codes.t(), self.state)
 
 
-def kernels(limits: dict[str, float]) -> list[Line]:
-    """Each kernel on a weight of 4096 x 4096 in NF4, double-quantized."""
+def kernels(limits: dict[str, float], variants: Sequence[str]) -> list[Line]:
+    """Each kernel on a weight of 4096 x 4096 in NF4, double-quantized, and the product of one row with a large one."""
     import halfbyte as hb
 
-    w = torch.randn(SIZE, SIZE, device="cuda").bfloat16()
+    w = torch.randn(SIZE, SIZE, device=DEVICE).bfloat16()
     q = hb.quantize(w)
-    peer = Bitsandbytes(w) if find_spec("bitsandbytes") else None
+    peer, why = None, {}
+    if find_spec("bitsandbytes"):
+        try:
+            peer = Bitsandbytes(w)
+        except Exception as error:
+            why = {"why not": f"bitsandbytes: {first_line(error)}"}
     lines = [
         line("quantize", lambda: hb.quantize(w), peer and peer.quantize, None, w.nbytes + q.nbytes, limits["bytes"]),
         line("dequantize", q.dequantize, peer and peer.dequantize, None, w.nbytes + q.nbytes, limits["bytes"]),
     ]
+    lines[0] |= why
     for rows in ROWS:
-        x = torch.randn(rows, SIZE, device="cuda").bfloat16()
+        x = torch.randn(rows, SIZE, device=DEVICE).bfloat16()
         few = rows <= 32
         amount, limit = (q.nbytes, limits["bytes"]) if few else (2 * rows * SIZE**2, limits["flops"])
         calls = (
@@ -242,13 +245,15 @@ def kernels(limits: dict[str, float]) -> list[Line]:
             peer and (lambda x=x: peer.linear(x)),
             lambda x=x: torch.nn.functional.linear(x, w),
         )
-        lines.append(line(f"{rows} row{'s' * (rows > 1)}", *calls, amount, limit))
-        if few:
-            with changed_tuning(shuffle=True):
-                lines.append(line(f"{lines[-1]['work']}, shuffled", *calls, amount, limit))
+        work = f"{rows} row{'s' * (rows > 1)}"
+        lines.append(line(work, *calls, amount, limit))
+        lines += in_variants(
+            work, [name for name in variants if few and (name != "pairs" or rows == 1)], calls, amount, limit
+        )
+    lines += large(limits, variants)
     for rows in (512, 4096):
-        x = torch.randn(rows, SIZE, device="cuda").bfloat16().requires_grad_()
-        grad = torch.randn(rows, SIZE, device="cuda").bfloat16()
+        x = torch.randn(rows, SIZE, device=DEVICE).bfloat16().requires_grad_()
+        grad = torch.randn(rows, SIZE, device=DEVICE).bfloat16()
         calls = (
             lambda x=x, grad=grad: torch.nn.functional.linear(x, q).backward(grad),
             peer and (lambda x=x, grad=grad: peer.linear(x).backward(grad)),
@@ -258,18 +263,38 @@ def kernels(limits: dict[str, float]) -> list[Line]:
     return lines
 
 
+def in_variants(work: str, variants: Sequence[str], calls: Sequence[Any], amount: float, limit: float) -> list[Line]:
+    """The same work, tuned otherwise."""
+    lines = []
+    for name in variants:
+        with changed_tuning(**VARIANTS[name]):
+            lines.append(line(f"{work}, {name}", calls[0], None, calls[2], amount, limit))
+    return lines
+
+
+def large(limits: dict[str, float], variants: Sequence[str]) -> list[Line]:
+    """One row: 8.7 MB are read in two microseconds, in which no kernel reaches the memory's rate; these are 121 MB."""
+    n, k = LARGE
+    q, dense = random_weight(n, k, DEVICE), torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(1, k, device=DEVICE).bfloat16()
+    calls = (lambda: torch.nn.functional.linear(x, q), None, lambda: torch.nn.functional.linear(x, dense))
+    work = f"1 row, {n} x {k}"
+    lines = [line(work, *calls, q.nbytes, limits["bytes"])]
+    return lines + in_variants(work, variants, calls, q.nbytes, limits["bytes"])
+
+
 def experts(limits: dict[str, float]) -> list[Line]:
-    """Qwen3-30B-A3B's gate and up: 128 experts of 1536 x 2048, of which each token goes to eight."""
+    """Products by expert, of few tokens and many."""
     from halfbyte.nn import grouped_linear, route
 
-    count, n, k, top_k = 128, 1536, 2048, 8
-    q = random_weight(count * n, k, "cuda").view(count, n, k)
+    count, n, k, top_k = EXPERTS
+    q = random_weight(count * n, k, DEVICE).view(count, n, k)
     dense = q.dequantize(torch.bfloat16)
     torchs = getattr(torch.nn.functional, "grouped_mm", None)
     lines = []
     for tokens in (1, 8, 128, 2048):
-        routing = route(torch.rand(tokens, count, device="cuda").argsort(1)[:, :top_k], count)
-        x = torch.randn(tokens * top_k, k, device="cuda").bfloat16()
+        routing = route(torch.rand(tokens, count, device=DEVICE).argsort(1)[:, :top_k], count)
+        x = torch.randn(tokens * top_k, k, device=DEVICE).bfloat16()
         used = int((routing.ends.diff(prepend=routing.ends.new_zeros(1)) > 0).sum())
         by_bytes, by_flops = used * q.nbytes / count / limits["bytes"], 2 * len(x) * n * k / limits["flops"]
         calls = (
@@ -291,102 +316,141 @@ def line(
     limit: float,
 ) -> Line:
     """Times of one kind of work, and the share of `limit` (amount a second) that ours reaches."""
-    calls = {"ours": ours, "bitsandbytes": peer, "dense": dense}
-    times = {name: seconds(call) for name, call in calls.items() if call is not None}
-    return {"work": work, **times, "share": amount / times["ours"] / limit}
+    measured: Line = {"work": work}
+    for name, call in {"ours": ours, "bitsandbytes": peer, "dense": dense}.items():
+        try:
+            if call is not None:
+                measured[name] = seconds(call)
+        except Exception as error:
+            measured["why not"] = "; ".join(filter(None, [measured.get("why not"), f"{name}: {first_line(error)}"]))
+    if "ours" in measured and limit == limit:  # it is not a number where it could not be measured
+        measured["share"] = amount / measured["ours"] / limit
+    return measured
 
 
 def row(line: Line) -> list[str]:
     """A line as cells."""
-    share, times_dense = TARGETS.get(line["work"], (None, None))
-    ratios = [f"{line[peer] / line['ours']:.2f}" if peer in line else "" for peer in ("bitsandbytes", "dense")]
+    share, times_dense = TARGETS.get(line["work"].split(",")[0] if "backward" not in line["work"] else "", (None, None))
+    both = [peer in line and "ours" in line for peer in ("bitsandbytes", "dense")]
+    ratios = [
+        f"{line[peer] / line['ours']:.2f}" if known else ""
+        for peer, known in zip(("bitsandbytes", "dense"), both, strict=True)
+    ]
     return [
         line["work"],
         *(f"{1e3 * line[name]:.4f}" if name in line else "" for name in ("ours", "bitsandbytes", "dense")),
         *ratios,
         "" if times_dense is None else f"{times_dense:g}",
-        f"{line['share']:.0%}",
+        f"{line['share']:.0%}" if "share" in line else "",
         "" if share is None else f"{share:.0%}",
+        line.get("why not", ""),
     ]
 
 
-def crossover() -> list[list[str]]:
-    """Milliseconds of each way of a product, by rows of x."""
-    q = random_weight(SIZE, SIZE, "cuda")
+def crossover(variants: Sequence[str]) -> dict[str, list[float | None]]:
+    """Seconds of each way of a product by rows of x, None where it cannot be done."""
+    q = random_weight(SIZE, SIZE, DEVICE)
     dense = q.dequantize()
     most = 1 << 20
     tiles = {"vector_rows": 0, "linear_rows": most, "grad_rows": most}
-    by_row: list[Line] = [{"vector_rows": most, "shuffle": shuffle} for shuffle in (False, True)]
-    others: list[Line] = [{**tiles, "shuffle": shuffle} for shuffle in (False, True)]
-    others.append({"vector_rows": 0, "linear_rows": 0, "grad_rows": 0})
-    rows_of_cells = []
+    tuned = {"": {}, **{f", {name}": VARIANTS[name] for name in variants}}
+    forward = {f"row{name}": {"vector_rows": most} | changes for name, changes in tuned.items()}
+    by_tile = {f"tiles{name}": tiles | changes for name, changes in tuned.items() if "pairs" not in name}
+    decoded = {"decoded": {"vector_rows": 0, "linear_rows": 0, "grad_rows": 0}}
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.halfbyte.linear(*q.packed(), SIZE, x, None)
+
+    def gradient(grad: torch.Tensor) -> torch.Tensor:
+        return torch.ops.halfbyte.linear_grad_input(*q.packed(), SIZE, grad)
+
+    ways = [(name, way, linear) for name, way in (forward | by_tile | decoded).items()]
+    ways.append(("dense", None, lambda x: x @ dense.t()))
+    ways += [(f"g W, {name}", way, gradient) for name, way in (by_tile | decoded).items()]
+    times: dict[str, list[float | None]] = {name: [] for name, _, _ in ways}
     for rows in ROWS[:-1]:
-        x = torch.randn(rows, SIZE, device="cuda").bfloat16()
-        times = []
-        for way in (*by_row, *others):
-            with changed_tuning(**way):
-                times.append(seconds(lambda x=x: torch.ops.halfbyte.linear(*q.packed(), SIZE, x, None)))
-        times.append(seconds(lambda x=x: x @ dense.t()))
-        for way in others:
-            with changed_tuning(**way):
-                times.append(seconds(lambda x=x: torch.ops.halfbyte.linear_grad_input(*q.packed(), SIZE, x)))
-        rows_of_cells.append([str(rows), *(f"{1e3 * one:.4f}" for one in times)])
-    return rows_of_cells
+        x = torch.randn(rows, SIZE, device=DEVICE).bfloat16()
+        for name, way, call in ways:
+            with nullcontext() if way is None else changed_tuning(**way):
+                measured = line(name, partial(call, x), None, None, 1, 1)
+            times[name].append(measured.get("ours"))
+    return times
 
 
-def expert_crossover() -> list[list[str]]:
-    """Milliseconds of each way of a product by expert, by rows of each; the same without a grouped GEMM in torch."""
+def expert_crossover() -> list[list[float]]:
+    """Rows of each expert, and seconds of each way of their product; the same without a grouped GEMM in torch."""
     count, n, k = 128, 1536, 2048
-    q = random_weight(count * n, k, "cuda").view(count, n, k)
+    q = random_weight(count * n, k, DEVICE).view(count, n, k)
     ways = [{"grouped_rows": 0}, {"grouped_rows": 1}, {"grouped_rows": 1, "decoded_bytes": count * n * k // 2}]
-    cells = []
+    found = []
     for rows in (16, 32, 64, 128, 256, 512):
-        ends = torch.arange(rows, (count + 1) * rows, rows, dtype=torch.int32, device="cuda")
+        ends = torch.arange(rows, (count + 1) * rows, rows, dtype=torch.int32, device=DEVICE)
         times = []
         for op, features, length in (("grouped_linear", n, k), ("grouped_linear_grad_input", k, n)):
-            x = torch.randn(count * rows, length, device="cuda").bfloat16()
+            x = torch.randn(count * rows, length, device=DEVICE).bfloat16()
             call = getattr(torch.ops.halfbyte, op)
             for way in ways:
                 with changed_tuning(**way):
                     times.append(seconds(partial(call, *q.packed(), features, x, ends)))
-        cells.append([str(rows), *(f"{1e3 * one:.4f}" for one in times)])
-    return cells
+        found.append([rows, *times])
+    return found
 
 
-def decode(limits: dict[str, float]) -> dict[str, float]:
-    """Tokens a second of the 7 B shape: the products of a token in a CUDA graph, and transformers' generate."""
-    results = {}
-    contenders = ["halfbyte", *(["bitsandbytes"] if find_spec("bitsandbytes") else [])]
-    for contender in contenders:
-        model = random_llama(llama_config("7 B"), contender, "cuda").eval()
-        with torch.inference_mode():
-            if contender == "halfbyte":
-                layers = [
-                    m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"
-                ]
-                took = graph_seconds(layers)
-                results["products of a token, CUDA graph"] = 1 / took
-                nbytes = sum(layer.weight.nbytes for layer in layers)
-                results["the same at the speed of a copy"] = limits["bytes"] / nbytes
-            ids = torch.randint(32_000, (1, 16), device="cuda")
-            took_for = {}
-            for count in (1, 33):
-                arguments = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-                model.generate(ids, **arguments)
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                model.generate(ids, **arguments)
-                torch.cuda.synchronize()
-                took_for[count] = time.perf_counter() - began
-            results[f"{contender}, transformers' generate"] = 32 / (took_for[33] - took_for[1])
-        del model
+def expert_crossover_table(found: list[list[float]]) -> str:
+    """Milliseconds, a row for each number of rows."""
+    ways = ("tiles", "decoded", "some at a time")
+    header = ("rows of an expert", *ways, *(f"g W, {way}" for way in ways))
+    return table(header, [[f"{rows}", *(f"{1e3 * one:.4f}" for one in times)] for rows, *times in found])
+
+
+def crossover_table(times: dict[str, list[float | None]]) -> str:
+    """Milliseconds, a row for each number of rows."""
+    cells = [
+        [str(rows), *("" if one is None else f"{1e3 * one:.4f}" for one in of_rows)]
+        for rows, of_rows in zip(ROWS[:-1], zip(*times.values(), strict=True), strict=True)
+    ]
+    return table(("rows", *times), cells)
+
+
+def decode(limits: dict[str, float]) -> dict[str, Any]:
+    """Tokens a second of the 7 B shape: products alone, the engine's decoder, and transformers' generate."""
+    results: dict[str, Any] = {}
+    for contender in ["halfbyte", *(["bitsandbytes"] if find_spec("bitsandbytes") else [])]:
+        try:
+            decode_with(contender, limits, results)
+        except Exception as error:
+            results[f"{contender}, not measured"] = first_line(error)
         release()
     return results
 
 
+def decode_with(contender: str, limits: dict[str, float], results: dict[str, Any]) -> None:
+    """Update `results` by one contender's rates."""
+    model = random_llama(llama_config("7 B"), contender, DEVICE).eval()
+    with torch.inference_mode():
+        if contender == "halfbyte":
+            layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+            nbytes = sum(layer.weight.nbytes for layer in layers)
+            if limits["bytes"] == limits["bytes"]:  # it was measured
+                results["the products of a token at the speed of a copy"] = limits["bytes"] / nbytes
+            results["the products of a token, CUDA graph"] = 1 / graph_seconds(layers)
+            results.update(decoder_rates(model))
+        ids = torch.randint(32_000, (1, 16), device=DEVICE)
+        took_for = {}
+        for count in (1, 33):
+            arguments = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+            model.generate(ids, **arguments)
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            model.generate(ids, **arguments)
+            torch.cuda.synchronize()
+            took_for[count] = time.perf_counter() - began
+        results[f"{contender}, transformers' generate"] = 32 / (took_for[33] - took_for[1])
+
+
 def graph_seconds(layers: Sequence[torch.nn.Module]) -> float:
     """All layers on a row each, captured once and replayed."""
-    inputs = {layer.in_features: torch.randn(1, layer.in_features, device="cuda").bfloat16() for layer in layers}
+    inputs = {layer.in_features: torch.randn(1, layer.in_features, device=DEVICE).bfloat16() for layer in layers}
 
     def once() -> None:
         for layer in layers:
@@ -400,67 +464,6 @@ def graph_seconds(layers: Sequence[torch.nn.Module]) -> float:
     with torch.cuda.graph(graph):
         once()
     return seconds(graph.replay)
-
-
-def training(end: float) -> list[Line]:
-    """A step of each shape, until the time is over; peers beside the smaller ones."""
-    peers = [name for name, module in (("bitsandbytes", "bitsandbytes"), ("Unsloth", "unsloth")) if find_spec(module)]
-    plan = [("7 B", contender, "checkpointed") for contender in ("halfbyte", *peers)]
-    plan += [(name, "halfbyte", "checkpointed") for name in ("33 B", "65 B")]
-    plan += [("7 B", "halfbyte", "offloaded"), ("65 B", "halfbyte", "offloaded")]
-    plan += [(name, "halfbyte", "checkpointed") for name in ("70 B", "13 B", "1 B")]
-    plan += [(name, contender, "kept") for contender in ("halfbyte", *peers) for name in ("7 B", "1 B")]
-    steps = []
-    for name, contender, activations in plan:
-        step: Line = {"model": name, "contender": contender, "activations": activations}
-        try:
-            if time.monotonic() > end - 45:
-                step["why not"] = "out of time"
-            elif contender == "Unsloth":
-                step["why not"] = "it loads folders only; write one with halfbyte.save_model"
-            else:
-                step |= train(name, contender, activations, end)
-        except torch.cuda.OutOfMemoryError:
-            step["why not"] = "out of memory"
-        release()
-        steps.append(step)
-    for name in SHAPES:  # of equal random weights: a wrong kernel moves the loss further than another order of sums
-        losses = [step["loss"] for step in steps if step["model"] == name and "loss" in step]
-        assert not losses or max(losses) - min(losses) < 0.5, f"the contenders disagree about {name}: {losses}"
-    return steps
-
-
-def train(name: str, contender: str, activations: str, end: float) -> Line:
-    """Tokens a second and peak of steps on one row of `LENGTH` tokens, loading included."""
-    release()
-    torch.manual_seed(0)
-    torch.cuda.reset_peak_memory_stats()
-    model = with_adapter(random_llama(llama_config(name), contender, "cuda"), contender, activations)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    ids = torch.randint(32_000, (1, LENGTH), device="cuda")
-    took = []
-    for _ in range(6):  # two to warm up
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.cuda.synchronize()
-        took.append(time.perf_counter() - began)
-        if len(took) > 2 and time.monotonic() > end - 30:
-            break
-    assert loss.isfinite(), "the loss is not finite"
-    peak = torch.cuda.max_memory_allocated()
-    return {"tokens/s": round(LENGTH / min(took[2:])), "peak GB": round(peak / 1e9, 2), "loss": loss.item()}
-
-
-def release() -> None:
-    """Give the last model's memory back to the card."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def memory_table(length: int) -> str:

@@ -7,10 +7,11 @@ import torch
 from networks import moved, network
 
 from halfbyte.errors import RequestError
-from halfbyte.infer import Engine
+from halfbyte.infer import Engine, SamplingParams
 from halfbyte.infer.placement import choose_device, slots_that_fit, workspace
 from halfbyte.infer.scheduler import CHUNK_ALONE
 from halfbyte.kernels.decoder import Cache
+from halfbyte.models import HalfbyteConfig, load_model
 
 MIB = 2**20
 
@@ -81,3 +82,11 @@ def test_an_engine_says_what_a_device_does_not_offer(tiny_llama, cards):
     cards(1)
     with pytest.raises(RequestError, match="max_memory is for the CPU"):
         Engine(tiny_llama, max_memory=1 << 30)
+
+
+def test_an_engine_may_be_made_in_somebodys_inference_mode(tiny_llama):
+    """There torch makes inference tensors, which a packed weight's views cannot be."""
+    model = load_model(tiny_llama, quantization=HalfbyteConfig(block_size=32))
+    with torch.inference_mode(), Engine(model) as engine:
+        (answer,) = engine.generate(["abc"], SamplingParams(max_tokens=3, ignore_end=True))
+    assert len(answer.choices) == 3

@@ -37,7 +37,7 @@ def run(*command: str, **environment: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subjects", [("quantize", "dequantize"), ("linear",), ("grouped",), ("decoder",)])
+@pytest.mark.parametrize("subjects", [("quantize", "dequantize", "pairs"), ("linear",), ("grouped",), ("decoder",)])
 def test_kernels_equal_the_reference_under_the_interpreter(subjects, tmp_path):
     """`tests/kernels/triton`, which a card runs as it is."""
     options = ["-q", "-W", "ignore::RuntimeWarning", "-o", f"cache_dir={tmp_path}", "-p", "no:xdist"]
@@ -55,6 +55,7 @@ def test_every_kernel_compiles(capability, tmp_path):
     said = run(str(HERE / "triton" / "compile_ahead.py"), str(capability), TRITON_CACHE_DIR=str(tmp_path))
     kernels = {"_quantize_kernel", "_dequantize_kernel", "_rows_kernel", "_vector_kernel", "_grouped_kernel", "_step"}
     kernels |= {"_norm_kernel", "_gated_kernel", "_mix_kernel", "_place_kernel", "_attend_kernel", "_join_kernel"}
+    kernels.add("_pairs_kernel")
     if capability > 75:  # there, products of some rows have no tensor cores for bfloat16
         kernels |= {"_tile_kernel", "_add_kernel"}
     assert {line.split()[0] for line in said.splitlines()} == kernels

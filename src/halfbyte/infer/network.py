@@ -41,6 +41,7 @@ def check_covered(model: Any) -> None:
         raise NotCoveredError(f"{name} is not of the Llama family")
 
 
+@torch.inference_mode(False)  # a caller's would make an inference tensor of a packed weight that is no such tensor
 def make_network(model: Any, positions: int, dtype: torch.dtype) -> Network:
     """The network of a transformers causal language model, sharing its packed weights.
 

@@ -86,6 +86,7 @@ class GpuTuning:
         programs: that each multiprocessor should have; where there are fewer outputs than that, sums are split.
         decode_tile: weights that a program decodes.
         shuffle: products look values up in the registers of their warp (NVIDIA only), not in a cache line.
+        pairs: single rows in bfloat16 look two values up at once in the shared memory (NVIDIA only, pairs.py).
         bfloat16: its tensor cores take it.
         grouped_rows: rows for each expert from which on experts are decoded and multiplied by torch's grouped GEMM,
             where there is one; 0: never.
@@ -102,6 +103,7 @@ class GpuTuning:
     programs: int
     decode_tile: int
     shuffle: bool = False
+    pairs: bool = False
     bfloat16: bool = True
     grouped_rows: int = 0
     decoded_bytes: int = 1 << 30
@@ -110,8 +112,9 @@ class GpuTuning:
 # By compute capability; another one takes the last line that is not above it. No line was measured: no card could be
 # had so far. They come from counting instructions and bytes (docs/benchmarks-gpu.md), and `benchmarks/gpu_suite.py
 # --crossover` prints the times that are to replace them. 7.5 has no bfloat16 in its tensor cores: nothing is fused.
-# `shuffle` takes fewer instructions and has run nowhere yet, so it waits for a card. `grouped_rows`: decoding moves 4.5
-# bytes a weight (0.94 ns for 1,000 of them at 4.8 TB/s), which the GEMM has to win back at 2 R operations a weight.
+# `shuffle` and `pairs` take fewer instructions and have run nowhere yet, so they wait for a card. `grouped_rows`:
+# decoding moves 4.5 bytes a weight (0.94 ns for 1,000 of them at 4.8 TB/s), which the GEMM has to win back at 2 R
+# operations a weight.
 _FEW, _MANY = Tile(16, 32, 128, 4, 3), Tile(64, 64, 64, 4, 3)
 GPU_TUNING: dict[tuple[int, int], GpuTuning] = {
     (7, 5): GpuTuning(4, 4, 0, 4, 1024, _FEW, _MANY, 4, 4096, bfloat16=False),

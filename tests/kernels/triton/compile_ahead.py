@@ -69,6 +69,11 @@ def launches(capability: int) -> list[Launch]:
         x = torch.zeros(rows, SIZE, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
         OPS["linear_lora"](*q.packed(), SIZE, x, x[0, :SIZE].clone(), [a], [b], [0.5], [rows])
     OPS["linear"](*q.packed(), SIZE, torch.zeros(1, SIZE), None)
+    tuning.GPU_TUNING[8, 0] = dataclasses.replace(line, pairs=True)
+    for block_size in (32, 64) if bfloat16 else ():
+        pairs, x = hb.quantize(torch.randn(SIZE, SIZE), "nf4", block_size), torch.zeros(1, SIZE, dtype=half)
+        OPS["linear_lora"](*pairs.packed(), SIZE, x, x[0].clone(), [a], [b], [0.5], [1])
+    tuning.GPU_TUNING[8, 0] = line
     OPS["linear_grad_input"](*q.packed(), SIZE, torch.zeros(min(16, line.grad_rows), SIZE, dtype=half))
     experts, ends = hb.quantize(torch.randn(4, SIZE, SIZE)), torch.tensor([0, 9, 9, 60], dtype=torch.int32)
     for dtype, rows in ((half, 64), (torch.float16, 8), (torch.float32, 64)):
@@ -120,6 +125,8 @@ def compiled(launch: Launch, capability: int, shuffle: bool) -> Any:
     bound = dict(zip(kernel.arg_names, args, strict=False)) | options
     if "INTERPRETED" in bound:
         bound["INTERPRETED"] = False  # as on a card
+    if "PTX" in bound:
+        bound["PTX"] = True
     if "SHUFFLE" in bound:
         bound["SHUFFLE"] = shuffle  # never on the CPU
     types, constants, divisible = [], {}, []

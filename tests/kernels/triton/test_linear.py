@@ -10,12 +10,14 @@ import torch
 import halfbyte as hb
 from halfbyte.errors import ShapeError
 from halfbyte.kernels import reference, tuning
+from halfbyte.kernels.triton import pairs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = tuning.Tile(16, 32, 64, 4, 2)
 # Rows up to which a row by itself, and tiles, take a product; tiles in parts of the sum, and one part.
 WAYS = {
     "vector": {"vector_rows": 99, "vector_summands": 128, "vector_outputs": 16},
+    "pairs vector": {"vector_rows": 99, "pairs": True},
     "tiles": {"vector_rows": 0, "linear_rows": 99, "grad_rows": 99, "few": SMALL, "many": SMALL, "programs": 0},
     "split": {"vector_rows": 0, "linear_rows": 99, "grad_rows": 99, "few": SMALL, "many": SMALL, "programs": 999},
     "shuffled vector": {"vector_rows": 99, "shuffle": True},
@@ -38,8 +40,17 @@ def way(request, monkeypatch, device):
 
 
 def decoded(q, way, dtype, cast):
-    """What the kernels multiply by: a row by itself in float32, else the weight in the dtype of x."""
+    """What the kernels multiply by: a row by itself in float32, else the weight in the dtype of x.
+
+    By pairs of bfloat16 the values are rounded before they are scaled.
+    """
     weight = reference.OPS["dequantize"](*q.packed(), list(q.shape), torch.float32)
+    if way == "pairs vector" and dtype == torch.bfloat16:
+        values = pairs.pair_values(q.spec.format).to(weight.device)[q.packed().codes.long()].view(weight.shape)
+        scales = reference.OPS["dequantize"](
+            *q.packed()._replace(codes=torch.full_like(q.packed().codes, 0xFF)), list(q.shape), torch.float32
+        )
+        return values.double() * scales.double()
     return (weight if "vector" in way else cast(weight, dtype)).double()
 
 

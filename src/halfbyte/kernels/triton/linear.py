@@ -17,7 +17,7 @@ import torch
 from halfbyte.errors import ShapeError
 from halfbyte.kernels import reference
 from halfbyte.kernels.reference.linear import add_branches, check_adapters
-from halfbyte.kernels.triton import tiles, vector
+from halfbyte.kernels.triton import pairs, tiles, vector
 from halfbyte.kernels.triton.dequantize import decode
 from halfbyte.kernels.triton.products import Branch, Product
 from halfbyte.kernels.triton.weights import shared_scales, takes, weight_beside
@@ -97,7 +97,8 @@ def multiply(
         b = branch.b if takes(branch.b.dtype, x.device) else branch.b.to(dtype)
         branch = branch._replace(b=b.contiguous())
     out = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
-    kernel = vector if by_vector else tiles
+    by_pairs = tuning.pairs and dtype == torch.bfloat16 and not torch.version.hip
+    kernel = (pairs if by_pairs else vector) if by_vector else tiles
     kernel.multiply(Product(weight, group, rows, n, k, x.contiguous(), out, bias, branch), tuning)
     return _with_branch(out, later)
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from halfbyte.kernels.triton.products import Branch, Product
-from halfbyte.kernels.triton.weights import lane_values, looked_up, scale_at
+from halfbyte.kernels.triton.weights import lane_values, looked_up, multiprocessors, scale_at
 from halfbyte.kernels.tuning import GpuTuning
 
 
@@ -38,19 +38,22 @@ def weight_tile(
     COLUMNS: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):  # budget: a kernel's pointers and compile-time switches
-    """Rows `row` [ROWS] and columns from `first` on, in float32 [ROWS, COLUMNS]; 0 outside."""
-    base = start + row.to(tl.int64) * k + first
-    pair = tl.arange(0, COLUMNS // 2)
-    inside = (row < n)[:, None] & (first + 2 * pair < k)[None, :]
-    byte = tl.load(codes + (base >> 1)[:, None] + pair[None, :], mask=inside, other=0).to(tl.int32)
+    """Rows `row` [ROWS] and columns from `first` on, in float32 [ROWS, COLUMNS].
+
+    What lies outside is some other weight, without a mask: it meets a zero of x, or is an output that nobody stores.
+    """
+    base = start + tl.minimum(row, n - 1).to(tl.int64) * k
+    column = tl.minimum(first + tl.arange(0, COLUMNS // GROUP) * GROUP, k - GROUP)
+    # Rows and groups begin at multiples of 32 weights, which the compiler has to see to load 16 bytes at once.
+    begin = codes + (base // 32 * 16)[:, None] + (column // 32 * 16)[None, :]
+    byte = tl.load(begin[:, :, None] + tl.arange(0, GROUP // 2)[None, None, :]).to(tl.int32)
     lanes = lane_values(table, byte, SHUFFLE)
-    high, low = looked_up(table, lanes, byte, 4, SHUFFLE), looked_up(table, lanes, byte, 0, SHUFFLE)
-    values = tl.join(high, low)
-    group = tl.arange(0, COLUMNS // GROUP) * GROUP
-    inside_group = (row < n)[:, None] & (first + group < k)[None, :]
-    block = scale_start + (base[:, None] + group[None, :]) // BLOCK
-    scale = scale_at(scales, scale_absmax, scale_offset, scale_table, block, inside_group, SCALE_BITS)
-    # What lies outside is value[0] times something finite, and meets a zero of x.
+    values = tl.join(looked_up(table, lanes, byte, 4, SHUFFLE), looked_up(table, lanes, byte, 0, SHUFFLE))
+    # Unsigned: a division by a power of two is then one shift.
+    in_block = (base % BLOCK).to(tl.uint32)[:, None] + column.to(tl.uint32)[None, :]
+    block = (scale_start + base // BLOCK).to(tl.uint32)[:, None] + in_block // BLOCK
+    always = tl.full([ROWS, COLUMNS // GROUP], True, tl.int1)
+    scale = scale_at(scales, scale_absmax, scale_offset, scale_table, block, always, SCALE_BITS)
     grouped = tl.reshape(values, [ROWS, COLUMNS // GROUP, GROUP]) * scale[:, :, None]
     return tl.reshape(grouped, [ROWS, COLUMNS])
 
@@ -287,6 +290,5 @@ def multiply(product: Product, tuning: GpuTuning) -> None:
 
 def _splits(programs: int, steps: int, tuning: GpuTuning, device: torch.device) -> int:
     """In how many parts a sum of `steps` tiles is computed, where the outputs give `programs` programs."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = triton.cdiv(tuning.programs * multiprocessors, programs)
+    wanted = triton.cdiv(tuning.programs * multiprocessors(device), programs)
     return max(min(wanted, steps // 4), 1)

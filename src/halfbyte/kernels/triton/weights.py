@@ -26,6 +26,19 @@ from halfbyte.formats.packing import packed_size
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 _LEAST_GROUP = 32  # weights of one scale that a thread decodes from 16 bytes
+LANE_VALUE = tl.constexpr(
+    """
+    {
+    .reg .b32 lane;
+    .reg .b64 at;
+    mov.u32 lane, %laneid;
+    and.b32 lane, lane, 15;
+    mad.wide.u32 at, lane, 4, $1;
+    ld.global.nc.b32 $0, [at];
+    }
+    """
+)
+SHUFFLED = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;")
 _SECOND_LEVEL = tl.constexpr(SCALE_BLOCK)
 
 
@@ -40,6 +53,7 @@ class Weight(NamedTuple):
         bits: of a code, 4 or 8.
         block_size: weights that share a scale.
         scale_bits: 0, 8, 6 or 4.
+        format: "nf4" and so on.
     """
 
     pointers: tuple[torch.Tensor, ...]
@@ -48,6 +62,7 @@ class Weight(NamedTuple):
     bits: int
     block_size: int
     scale_bits: int
+    format: str
 
 
 def takes(dtype: torch.dtype, device: torch.device) -> bool:
@@ -81,7 +96,7 @@ def packed_weight(args: tuple[Any, ...], count: int) -> Weight:
     table = book.table(device)
     if scale_bits == 0:
         scales = _field(scales, "scales", torch.float32, blocks, device)
-        return Weight((codes, scales, scales, scales, table, table), start, 0, book.bits, block_size, 0)
+        return Weight((codes, scales, scales, scales, table, table), start, 0, book.bits, block_size, 0, format)
     if scale_bits not in (8, 6, 4) or absmax is None or offset is None:
         raise FormatError(f"scale_bits {scale_bits} with a second level is not offered; choose 0, 8, 6 or 4")
     last = scale_start + blocks
@@ -89,7 +104,7 @@ def packed_weight(args: tuple[Any, ...], count: int) -> Weight:
     absmax = _field(absmax, "scale_absmax", torch.float32, -(-last // SCALE_BLOCK), device)
     offset = _field(offset, "scale_offset", torch.float32, 1, device)
     pointers = (codes, scales, absmax, offset, table, scale_table(scale_bits, device))
-    return Weight(pointers, start, scale_start, book.bits, block_size, scale_bits)
+    return Weight(pointers, start, scale_start, book.bits, block_size, scale_bits, format)
 
 
 def weight_beside(args: tuple[Any, ...], count: int, x: torch.Tensor) -> Weight:
@@ -111,6 +126,11 @@ def shared_scales(weight: Weight, k: int) -> int:
     group = math.gcd(weight.block_size, k, weight.start)
     aligned = weight.pointers[0].data_ptr() % 16 == 0
     return group if weight.bits == 4 and aligned and group >= _LEAST_GROUP else 0
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the card has; 1 under Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def check_block_size(block_size: int) -> None:
@@ -178,17 +198,7 @@ def lane_values(table, like, SHUFFLE: tl.constexpr):
     """What `looked_up` takes beside the table, in the shape of `like`: each thread's entry, of its lane modulo 16."""
     if SHUFFLE:
         values = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .u32 lane;
-            .reg .u64 at;
-            mov.u32 lane, %laneid;
-            and.b32 lane, lane, 15;
-            mul.wide.u32 at, lane, 4;
-            add.u64 at, at, $1;
-            ld.global.nc.b32 $0, [at];
-            }
-            """,
+            LANE_VALUE,
             "=r,l",
             [table.to(tl.uint64, bitcast=True) + tl.zeros_like(like).to(tl.uint64)],
             dtype=tl.float32,
@@ -209,7 +219,7 @@ def looked_up(table, lanes, packed, SHIFT: tl.constexpr, SHUFFLE: tl.constexpr):
     """
     if SHUFFLE:
         value = tl.inline_asm_elementwise(
-            "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
+            SHUFFLED,
             "=r,r,r",
             [lanes, packed.to(tl.uint32, bitcast=True) >> SHIFT],
             dtype=tl.float32,
