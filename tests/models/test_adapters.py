@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +18,7 @@ from halfbyte.formats.blockwise import dequantize, quantize
 from halfbyte.models import (
     base_hash,
     combine_adapters,
+    describe_adapter,
     other_base,
     pack_adapter,
     scale_adapter,
@@ -71,6 +72,29 @@ def test_scaled(family, make, tmp_path):
     before, after = deltas(adapter), deltas(tmp_path / "half")
     for name in before:
         torch.testing.assert_close(after[name], -0.5 * before[name])
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_experts_are_described_by_expert_and_not_combined(make, folder_of, tmp_path, use_rslora):
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options = {"r": 2, "target_modules": ["q_proj"], "target_parameters": names, "use_rslora": use_rslora}
+    folder = make("one", "mixtral", **options)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder_of("mixtral")), folder)
+    described = describe_adapter(folder)
+    prefix = "base_model.model."
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            found = described.pop(name.removeprefix(prefix))
+            assert found["rank"] == 2 and 1 <= found["effective_rank"] <= 2
+            assert found["norm"] == pytest.approx(float(module.get_delta_weight("default").norm()), rel=1e-5)
+    assert not described
+    with pytest.raises(RequestError, match=r"is on parameters \(mlp.experts..*\), which peft cannot combine"):
+        combine_adapters([folder, folder], tmp_path / "both")
+    several = make("several", "mixtral", **options, rank_pattern={"down_proj": 3})
+    assert {name.rpartition(".")[2] for name in describe_adapter(several)} == {"q_proj"}
+    scale_adapter(folder, tmp_path / "half", 0.5)
+    half = describe_adapter(tmp_path / "half")
+    assert all(half[name]["norm"] == pytest.approx(fact["norm"] / 2) for name, fact in describe_adapter(folder).items())
 
 
 def test_cat_is_the_exact_sum_whatever_the_scalings(make, tmp_path):

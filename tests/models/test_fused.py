@@ -48,7 +48,7 @@ def relative(got, wanted):
         ("qwen2", {"loss", "norm", "mlp", "rotary"}),
         ("qwen3", {"loss", "norm", "mlp", "rotary"}),
         ("gemma", {"loss", "rotary"}),  # its norm adds one to the weight, its gate is GELU's
-        ("mixtral", {"norm", "rotary"}),  # its loss has a term for the router
+        ("mixtral", {"loss", "norm", "rotary"}),
         ("gpt2", set()),
         ("opt", set()),
     ],
@@ -112,6 +112,37 @@ def test_eval_mode_is_transformers_to_the_bit(make_model, ids):
     got, wanted = model(input_ids=ids, labels=ids), plain(input_ids=ids, labels=ids)
     assert torch.equal(got.logits, wanted.logits)
     assert torch.equal(got.loss, wanted.loss)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek"])
+def test_routers_with_a_loss_of_their_own_get_it(make_model, family, ids):
+    """In training, from the config or the call; a loss without logits that is asked for is that of the words."""
+    if family == "deepseek":
+        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+        sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "n_group": 1}
+        latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+        routed = {"n_routed_experts": 4, "num_experts_per_tok": 2, "topk_group": 1, "first_k_dense_replace": 0}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 24}
+        plain = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **latent, **routed, **heads)).train()
+    else:
+        plain = make_model(family).train()
+    model = copy.deepcopy(plain)
+    fuse(model)
+    output, wanted = model(input_ids=ids, labels=ids), plain(input_ids=ids, labels=ids)
+    assert output.logits is None and type(output) is type(wanted)
+    assert output.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
+    if family == "deepseek":
+        return
+    asked = {"input_ids": ids, "labels": ids, "output_router_logits": True}
+    both = plain(**asked)
+    assert both.loss > wanted.loss
+    for found in (model(**asked), (setattr(model.config, "output_router_logits", True), model(ids, labels=ids))[1]):
+        assert torch.allclose(found.loss, both.loss, rtol=1e-5) and found.aux_loss is not None
+    assert model(input_ids=ids, labels=ids).logits is not None
+    words = model(input_ids=ids, labels=ids, skip_logits=True)
+    assert words.logits is None and words.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
+    assert model(input_ids=ids, labels=ids, output_router_logits=False).logits is None
 
 
 def test_logits_are_left_out_only_where_nobody_asks(make_model, ids):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 
 import halfbyte as hb
 from halfbyte.cli.main import app
-from halfbyte.train import resume
+from halfbyte.train import resume, trainer
 from halfbyte.train.recipe import make_recipe
 from halfbyte.train.sft import train
 
@@ -176,6 +178,37 @@ def test_other_keys_beside_experts(recipe_of, keys):
     assert summary["after"]["eval_loss"] < summary["before"]["eval_loss"]
     assert summary["trained_dtypes"] == ["float32"]
     assert "experts.down_proj" in summary["adapted"]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_routers_own_loss_is_learnt_where_the_model_asks_for_it(recipe_of, tmp_path, balanced, monkeypatch):
+    """By trl's head then, and by the model's loss without logits else; what is measured is that of the words."""
+    recipe = recipe_of("Mixtral", max_steps=2)
+    folder = shutil.copytree(recipe.model_name_or_path, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"output_router_logits": balanced, "router_aux_loss_coef": 5.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    steps = []
+    compute = trainer.ModelLoss.compute_loss
+
+    def watched(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        steps.append((self.model_has_loss, float(loss[0] if isinstance(loss, tuple) else loss)))
+        return loss
+
+    monkeypatch.setattr(trainer.ModelLoss, "compute_loss", watched)
+    summary, _ = run(recipe.model_copy(update={"model_name_or_path": str(folder)}))
+    assert [has_loss for has_loss, _ in steps] == 2 * [not balanced]
+    # A router's loss of 1 and more in each layer, five times.
+    assert (steps[0][1] > summary["before"]["eval_loss"] + 4) == balanced
+
+
+def test_preferences_over_experts(recipe_of, write_rows):
+    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["prompt"]} for r in ROWS]
+    data = str(write_rows(pairs, "pairs.jsonl"))
+    summary, _ = run(recipe_of("Mixtral", task="preference", dataset=data, eval_dataset=data, max_steps=6))
+    assert summary["before"]["eval_loss"] == pytest.approx(math.log(2), rel=1e-5)  # the adapter changes nothing yet
+    assert summary["after"]["eval_loss"] < 0.6
 
 
 def test_the_command_says_what_is_wrong_and_writes_nothing(recipe_of, tmp_path):

@@ -76,12 +76,12 @@ CASES = [
     (LLAMA, {"lora_dropout": 0.1}, 1.025),
     (LLAMA, {"target_modules": "attention"}, 1.012),
     (LLAMA, {"method": "full"}, 0.936),
-    (MIXTRAL, {}, 1.008),
-    (MIXTRAL, {"target_parameters": []}, 1.015),
-    (MIXTRAL, {"compute_dtype": "float32"}, 1.010),
-    (QWEN, {}, 0.947),
-    (QWEN, {"target_parameters": "experts.down_proj"}, 0.949),
-    (QWEN, {"method": "lora"}, 0.981),
+    (MIXTRAL, {}, 0.995),
+    (MIXTRAL, {"target_parameters": []}, 0.999),
+    (MIXTRAL, {"compute_dtype": "float32"}, 0.999),
+    (QWEN, {}, 0.936),
+    (QWEN, {"target_parameters": "experts.down_proj"}, 0.938),
+    (QWEN, {"method": "lora"}, 0.975),
     (BERT, {"task": "sequence-classification"}, 1.003),
     (BERT, {"task": "sequence-classification", "compute_dtype": "float32", "lora_dropout": 0.1}, 1.039),
 ]
@@ -123,14 +123,12 @@ def measure(tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("config", "keys", "ratio"), CASES, ids=str)
+@pytest.mark.parametrize(("config", "keys", "ratio"), CASES, ids=lambda value: getattr(value, "model_type", str(value)))
 def test_the_estimate_is_what_autograd_keeps(measure, config, keys, ratio):
     recipe, form, adapted, kept = measure(config, **keys)
     made = estimate(recipe, config, form, adapted, LENGTH, gpu=False, fused=True)
     casts = 2 * (matrices_of(form) if recipe.method == "full" else made.trained) * (recipe.compute_dtype != "float32")
     estimated = made.activations - chunk_of_logits(recipe) + casts  # autocast's copies count as weights there
-    if config in (MIXTRAL, QWEN):
-        kept -= ROWS * LENGTH * WORDS * 4  # the logits of their own forward; trl's trainer has a loss in chunks
     assert estimated / kept == pytest.approx(ratio, abs=0.005)
 
 

@@ -118,6 +118,16 @@ MIXTURES = {
 }
 
 
+# A second matrix in the router's module, which corrects its choice.
+ERNIE = {**SIZES, "intermediate_size": 96, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 48}
+MIXTURES["Ernie4_5_Moe"] = (
+    {**ERNIE, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    ATTENTION,
+    [*GATED, "gate_proj.weight", "up_proj.weight", "down_proj.weight"],
+    ["gate"],
+)
+
+
 @pytest.fixture(scope="module")
 def mixture():
     import transformers

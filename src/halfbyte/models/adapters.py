@@ -99,19 +99,37 @@ def lora_pairs(folder: Path) -> dict[str, LoraPair]:
 
 
 def describe_adapter(folder: Path) -> dict[str, dict[str, float]]:
-    """Module name -> rank, norm of its delta, effective rank.
+    """Module name -> rank, norm of its delta, effective rank; of experts the mean of the last.
+
+    Experts beside a `rank_pattern` are left out: which of their matrices has which rank is not in the files.
 
     Raises:
         CheckpointError: see `lora_pairs`.
     """
-    return {
-        name: {
-            "rank": pair.rank,
-            "norm": float(pair.singular_values().norm()),
-            "effective_rank": pair.effective_rank(),
+    config, described = read_adapter_config(folder), {}
+    for name, whole in lora_pairs(folder).items():
+        pairs = _by_expert(whole, config)
+        if not pairs:
+            continue
+        described[name] = {
+            "rank": pairs[0].rank,
+            "norm": float(torch.stack([pair.singular_values().norm() for pair in pairs]).norm()),
+            "effective_rank": sum(pair.effective_rank() for pair in pairs) / len(pairs),
         }
-        for name, pair in lora_pairs(folder).items()
-    }
+    return described
+
+
+def _by_expert(whole: LoraPair, config: dict[str, Any]) -> list[LoraPair]:
+    """Each expert's own, of a parameter of several: peft keeps A by expert, then rank, and B by rank, then expert."""
+    rank, patterns = int(config["r"]), config.get("rank_pattern") or {}
+    if not config.get("target_parameters") or whole.rank in {rank, *patterns.values()}:
+        return [whole]
+    if patterns:
+        return []
+    experts = whole.rank // rank
+    scaling = whole.scaling * (experts**0.5 if config.get("use_rslora") else experts)
+    down, up = whole.down.view(experts, rank, -1), whole.up.view(-1, rank, experts)
+    return [LoraPair(down[expert], up[:, :, expert], scaling) for expert in range(experts)]
 
 
 def scale_adapter(folder: Path, output: Path, factor: float) -> None:
@@ -301,6 +319,11 @@ def _combinable(
             raise RequestError(
                 f"adapter {folder} is {'DoRA' if config.get('use_dora') else config.get('peft_type')}; "
                 "only plain LoRA can be combined"
+            )
+        if config.get("target_parameters"):
+            raise RequestError(
+                f"adapter {folder} is on parameters ({config['target_parameters'][0]}), which peft cannot combine; "
+                "merge one into the base and train the other on that"
             )
         other = next((key for key in _weights(folder) if not _is_lora(key)), None)
         if other is not None:

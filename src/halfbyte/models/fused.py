@@ -34,6 +34,13 @@ from halfbyte.models.shared_input import ATTENTION, SharedInput, project
 from halfbyte.nn import linear_cross_entropy
 from halfbyte.nn.parts import PARTS, operations
 
+# With the routers' logits among the outputs, and without.
+_CAUSAL_LMS = (
+    (False, plain_forwards.causal_lm),
+    (True, plain_forwards.routed_causal_lm),
+    (True, plain_forwards.balanced_causal_lm),
+)
+
 
 def fuse(model: nn.Module) -> dict[str, str]:
     """Replace the forwards of `model`'s modules that are covered, in place.
@@ -64,8 +71,9 @@ def _replacements(module: nn.Module) -> dict[str, Any]:
         return {"norm": _norm_forward}
     if _same(plain, plain_forwards.gated_mlp) and _is_silu(getattr(module, "act_fn", None)):
         return {"mlp": _mlp_forward}
-    if _same(plain, plain_forwards.causal_lm):
-        return {"loss": _causal_lm_forward(type(module))}
+    for routed, known in _CAUSAL_LMS:
+        if _same(plain, known):
+            return {"loss": _causal_lm_forward(type(module), routed=routed)}
     names = getattr(plain, "__globals__", {})
     rotates = "apply_rotary_pos_emb" in getattr(plain, "__code__", _norm_forward.__code__).co_names
     if (
@@ -167,10 +175,14 @@ def _with_new_rows(head: nn.Module) -> tuple[Any, tuple[list[int], torch.Tensor]
     return adapter.base_layer, (adapter.token_indices[name], adapter.trainable_tokens_delta[name])
 
 
-def _causal_lm_forward(kind: type) -> Any:
-    """A causal language model's forward that computes the loss in chunks where nobody asks for logits."""
+def _causal_lm_forward(kind: type, *, routed: bool) -> Any:
+    """A causal language model's forward that computes the loss in chunks where nobody asks for logits.
+
+    `routed`: its outputs have the routers' logits. A loss of theirs is added in the model's own forward; a loss
+    without logits that is asked for by name (`skip_logits=True`) is that of the words alone.
+    """
     from transformers.loss.loss_utils import ForCausalLMLoss
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
     from transformers.utils import can_return_tuple
 
     plain: Any = kind.forward  # type: ignore[attr-defined]
@@ -183,9 +195,14 @@ def _causal_lm_forward(kind: type) -> Any:
         skip = labels is not None and (self.training if skip_logits is None else skip_logits)
         all_rows = not args and isinstance(keep, int) and keep == 0
         head, rows = _with_new_rows(self.lm_head)
+        balanced = kwargs.get("output_router_logits")
+        if balanced is None:
+            balanced = getattr(self.config, "output_router_logits", False)
+        skip = skip and not (routed and balanced and skip_logits is None)
         if not skip or not all_rows or self.loss_function is not ForCausalLMLoss or not _is_plain(head):
             return plain(self, *args, return_dict=True, **kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
+        ours = ("labels", "logits_to_keep", "output_router_logits")
+        kwargs = {name: value for name, value in kwargs.items() if name not in ours}
         outputs = self.model(**kwargs)
         shifted = kwargs.get("shift_labels")
         ignore_index = kwargs.get("ignore_index", -100)
@@ -202,7 +219,8 @@ def _causal_lm_forward(kind: type) -> Any:
             rows=rows,
             summed=None if chosen is None else chosen.summed_loss,
         )
-        return CausalLMOutputWithPast(
+        made = MoeCausalLMOutputWithPast if routed else CausalLMOutputWithPast
+        return made(
             loss=loss,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -188,6 +188,25 @@ def _share_trained_only(model: Any) -> None:
 
 
 @contextmanager
+def routers_as_configured(model: Any) -> Iterator[None]:
+    """Have trl make a trainer that adds a loss of routers only where the model's config asks for it.
+
+    That is `output_router_logits`, as in transformers. trl would add it for every mixture of experts, frozen routers
+    included, and would write it into the config, which full fine-tuning saves.
+    """
+    config = model.config.get_text_config()
+    names = ("output_router_logits", "router_aux_loss_coef")
+    kept = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    if not kept.get("output_router_logits", True) and "router_aux_loss_coef" in kept:
+        config.router_aux_loss_coef = 0.0
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(config, name, value)
+
+
+@contextmanager
 def float32_masters(model: torch.nn.Module) -> Iterator[None]:
     """Undo what trl's trainers do when they are made: they round the masters of a model that calls itself 4-bit."""
     masters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}

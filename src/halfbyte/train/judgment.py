@@ -21,7 +21,7 @@ import torch
 from trl import KTOConfig, KTOTrainer
 
 from halfbyte.train import ranks
-from halfbyte.train.guards import Guards, float32_masters, options, pad_id
+from halfbyte.train.guards import Guards, float32_masters, options, pad_id, routers_as_configured
 from halfbyte.train.reference import REFERENCE, answer_outputs, no_second_adapter, pad_answers, with_reference
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class JudgmentTrainer(Guards, KTOTrainer):
         longest = max(len(p) + len(a) for p, a in zip(rows["prompt_ids"], rows["completion_ids"], strict=True))
         sets = {"train": rows, "eval": eval_rows}
         paired = {name: with_other_answers(each, longest) for name, each in sets.items() if each is not None}
-        with float32_masters(model), no_second_adapter(model):
+        with float32_masters(model), no_second_adapter(model), routers_as_configured(model):
             super().__init__(
                 model=model,
                 args=KTOConfig(

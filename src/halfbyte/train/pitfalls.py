@@ -146,7 +146,8 @@ def _targets(setting: Setting) -> str:
     return (
         f"adapters in all the modules named train {now.trained:,} parameters, and the run takes about {_gb(now.total)} "
         f"of {_gb(setting.memory)} even with gradient checkpointing{' and offloading' * bool(now.host)}. "
-        f"Set target_modules: attention, with which it takes {_gb(fewer.total)}."
+        f"Set target_modules: attention{' and target_parameters: []' * bool(setting.recipe.target_parameters)}, with "
+        f"which it takes {_gb(fewer.total)}."
     )
 
 

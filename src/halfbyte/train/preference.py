@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer
 
 from halfbyte.train import ranks
-from halfbyte.train.guards import Guards, float32_masters, options, pad_id
+from halfbyte.train.guards import Guards, float32_masters, options, pad_id, routers_as_configured
 from halfbyte.train.reference import REFERENCE, answer_outputs, no_second_adapter, pad_answers, with_reference
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class PreferenceTrainer(Guards, DPOTrainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         self.recipe = recipe
-        with float32_masters(model), no_second_adapter(model):
+        with float32_masters(model), no_second_adapter(model), routers_as_configured(model):
             super().__init__(
                 model=model,
                 args=DPOConfig(

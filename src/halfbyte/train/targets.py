@@ -127,16 +127,17 @@ def _by_expert(model: nn.Module, name: str) -> tuple[int, int, int]:
 
 
 def _routers(model: nn.Module, experts: str, count: int) -> dict[str, tuple[int, ...]]:
-    """The routers beside a module of experts: neighbours with one matrix, of as many rows as there are experts, or 1.
+    """The routers beside a module of experts: neighbours whose matrices have as many rows as there are experts, or 1.
 
-    Their names differ from family to family, and a shared expert of as many features has more matrices than one.
+    Their names differ from family to family. A shared expert may have as many features between its projections, but its
+    last one has more rows.
     """
     block, _, own = experts.rpartition(".")
     found = {}
     for child, module in model.get_submodule(block).named_children():
         matrices = [(name, p) for name, p in module.named_parameters() if p.dim() == 2]
-        if child != own and len(matrices) == 1 and matrices[0][1].shape[0] in (1, count):
-            name, matrix = matrices[0]
+        if child != own and matrices and all(len(p) in (1, count) for _, p in matrices):
+            name, matrix = matrices[0]  # behind it a correction of the choice, in Ernie
             found[".".join(part for part in (block, child, name) if part)] = tuple(matrix.shape)
     return found
 

@@ -3,8 +3,8 @@
 Rows arrive with labels; the loss is summed over labels and divided once, by the number of trained tokens of *all*
 micro-batches of a step; the tests hold it to that. It is the model's own (`halfbyte.nn.cross_entropy`) where
 `load_model` has given it that one, and trl's fused head for the models that compute more than a projection (capped or
-scaled logits, routers' losses). On a CPU trl's keeps float32 logits of up to 4096 tokens: 512 tokens over 32,000 words
-took it 0.77 s and 590 MB, the model's own 0.11 s and 40 MB.
+scaled logits, routers' losses where the config asks for them). On a CPU trl's keeps float32 logits of up to 4096
+tokens: 512 tokens over 32,000 words took it 0.77 s and 590 MB, the model's own 0.11 s and 40 MB.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from halfbyte.data import IGNORE, pad_rows
-from halfbyte.train.guards import Guards, float32_masters, options, pad_id
+from halfbyte.train.guards import Guards, float32_masters, options, pad_id, routers_as_configured
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +37,10 @@ class ModelLoss(SFTTrainer):
         """Whether the model computes its loss in chunks."""
         model: Any = self.accelerator.unwrap_model(self.model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return getattr(base, "halfbyte_fused", {}).get("loss") == ""
+        with_routers = getattr(
+            base.config, "output_router_logits", False
+        )  # whose loss the model adds to one with logits
+        return not with_routers and getattr(base, "halfbyte_fused", {}).get("loss") == ""
 
     def compute_loss(
         self,
@@ -93,7 +96,7 @@ class Trainer(Guards, ModelLoss):
         callbacks: list[TrainerCallback],
     ) -> None:
         self.recipe = recipe
-        with float32_masters(model):
+        with float32_masters(model), routers_as_configured(model):
             super().__init__(
                 model=model,
                 args=SFTConfig(
