@@ -103,8 +103,10 @@ def _step(name: str, places: list[str], registers: dict[str, Any], shared: Memor
         assert len(words) == (4 if ".v4" in name else 1) and address(places[0]) % (4 * len(words)) == 0, name
         for index, register in enumerate(words):
             shared[address(places[0]) + 4 * index] = value(register)
-    elif name == "setp.ne.b32":
-        registers[places[0]] = value(places[1]) != value(places[2])
+    elif name in ("setp.ne.b32", "setp.eq.u32"):
+        registers[places[0]] = (value(places[1]) == value(places[2])) == (".eq" in name)
+    elif name == "cp.async.bulk.prefetch.L2.global":
+        shared[address(places[0])] = value(places[1])  # what was asked for
     elif name == "mad.wide.u32":
         registers[places[0]] = (value(places[1]) * value(places[2]) + value(places[3])) & (1 << 64) - 1
     else:
@@ -170,6 +172,13 @@ def test_x_is_read_where_it_was_put(thirty_twos):
                 words = np.array([found[index] for index in range(4)], dtype=np.uint32).view(np.uint16)
                 expected = np.arange(column + 1, column + 9) * (np.arange(column, column + 8) < k)
                 assert (words == expected).all(), (step, lane, unit)
+
+
+def test_one_thread_of_a_warp_asks_for_a_row():
+    for lane in range(32):
+        asked: Memory = {}
+        run(pairs.PREFETCH.value, {1: TABLE + 48, 2: lane, 3: 2064}, asked)
+        assert asked == ({} if lane else {TABLE + 48: 2064})
 
 
 def test_the_program_waits_before_it_reads():
