@@ -34,9 +34,7 @@ WARPS = 8
 ROWS = tl.constexpr(32)  # of W, of a program
 TABLE_BYTES = tl.constexpr(256 * 32 * 4)
 STEP = tl.constexpr(2048)  # columns: 64 for each thread of a warp
-CHUNK = tl.constexpr(
-    4096
-)  # columns of x in the shared memory at a time: with the table 40 of the 48 KiB a launch may have
+CHUNK = tl.constexpr(4096)  # columns of x in the shared memory at a time: with the table 40 of a launch's 48 KiB
 
 # $0: where the table begins, whose entries a program copies from $1, a row of 128 bytes of each, and behind it x.
 ALLOCATE = tl.constexpr(
