@@ -126,7 +126,7 @@ def compiled(launch: Launch, capability: int, shuffle: bool) -> Any:
     if "INTERPRETED" in bound:
         bound["INTERPRETED"] = False  # as on a card
     if "PTX" in bound:
-        bound["PTX"] = True
+        bound["PTX"], bound["AHEAD"] = True, capability >= 90
     if "SHUFFLE" in bound:
         bound["SHUFFLE"] = shuffle  # never on the CPU
     types, constants, divisible = [], {}, []

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import halfbyte as hb
@@ -103,8 +103,10 @@ def _step(name: str, places: list[str], registers: dict[str, Any], shared: Memor
         assert len(words) == (4 if ".v4" in name else 1) and address(places[0]) % (4 * len(words)) == 0, name
         for index, register in enumerate(words):
             shared[address(places[0]) + 4 * index] = value(register)
-    elif name == "setp.ne.b32":
-        registers[places[0]] = value(places[1]) != value(places[2])
+    elif name in ("setp.ne.b32", "setp.eq.u32"):
+        registers[places[0]] = (value(places[1]) == value(places[2])) == (".eq" in name)
+    elif name == "cp.async.bulk.prefetch.L2.global":
+        shared[address(places[0])] = value(places[1])  # what was asked for
     elif name == "mad.wide.u32":
         registers[places[0]] = (value(places[1]) * value(places[2]) + value(places[3])) & (1 << 64) - 1
     else:
@@ -172,6 +174,13 @@ def test_x_is_read_where_it_was_put(thirty_twos):
                 assert (words == expected).all(), (step, lane, unit)
 
 
+def test_one_thread_of_a_warp_asks_for_a_row():
+    for lane in range(32):
+        asked: Memory = {}
+        run(pairs.PREFETCH.value, {1: TABLE + 48, 2: lane, 3: 2064}, asked)
+        assert asked == ({} if lane else {TABLE + 48: 2064})
+
+
 def test_the_program_waits_before_it_reads():
     assert pairs.SYNCHRONIZE.value.startswith("bar.sync 0;")
     assert run(pairs.SYNCHRONIZE.value, {1: 77}, {})[0] == 77
@@ -207,17 +216,46 @@ def test_a_shuffled_lookup(word, shift):
     assert _number(lanes[chosen]) == table[word >> shift & 15]
 
 
-@pytest.mark.parametrize(("n", "k", "block_size"), [(1, 32, 32), (33, 4128, 32), (3, 6176, 4096), (65, 2112, 64)])
-def test_odd_shapes_and_several_chunks(ops, device, monkeypatch, n, k, block_size):
-    """Rows and columns that end inside a program, x of more than one chunk, rows that begin inside a block."""
-    for capability, line in list(tuning.GPU_TUNING.items()):
-        monkeypatch.setitem(tuning.GPU_TUNING, capability, dataclasses.replace(line, pairs=True))
+WAYS = {
+    "pairs": {"pairs": True},
+    "vector": {},
+    "tiles": {"vector_rows": 0, "few": tuning.Tile(16, 32, 64, 4, 2), "programs": 0},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(1, 70), k=st.integers(1, 140).map(lambda some: 32 * some), block_size=st.sampled_from([32, 64, 4096])
+)
+@example(n=1, k=32, block_size=64)
+@example(n=33, k=4128, block_size=32)
+@example(n=3, k=6176, block_size=4096)
+@example(n=65, k=2112, block_size=64)
+def test_rows_and_columns_that_end_inside_a_program(ops, device, cast, way, n, k, block_size):
+    """And x of more than one chunk, rows that begin inside a block, and a weight that is its storage's last rows."""
     q = hb.quantize(torch.randn(n + 1, k) / k**0.5, "nf4", block_size).to(device).rows(1, n + 1)
-    if (q.packed().start % 32) or k % 32:
-        pytest.fail("the kernel does not take this weight")
     x = torch.randn(1, k, device=device).bfloat16()
-    y = ops["linear"](*q.packed(), n, x, None)
-    exact = x.double() @ reference.OPS["dequantize"](*q.packed(), [n, k], torch.float32).double().T
-    magnitude = x.double().abs() @ q.dequantize(torch.float32).double().abs().T
-    # Both values of a pair within 2^-8; the result is rounded, or by the interpreter cut off, to bfloat16.
-    assert ((y - exact).abs() <= 2.0**-8 * magnitude + 2.0**-7 * exact.abs()).all()
+    with pytest.MonkeyPatch.context() as patch:
+        for capability, line in list(tuning.GPU_TUNING.items()):
+            patch.setitem(tuning.GPU_TUNING, capability, dataclasses.replace(line, **WAYS[way]))
+        y = ops["linear"](*q.packed(), n, x, None)
+    weight = multiplied(q, way, cast)
+    exact, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+    # A sum in float32 of k terms, and the result is rounded, or by the interpreter cut off, to bfloat16.
+    assert ((y - exact).abs() <= (k + 8) * 2.0**-23 * magnitude + 2.0**-7 * exact.abs()).all()
+
+
+def multiplied(q, way, cast):
+    """What that way multiplies by, float64: the weight in float32, rounded to bfloat16, or with rounded values."""
+    n, k = q.shape
+    packed = q.packed()
+    weight = reference.OPS["dequantize"](*packed, [n, k], torch.float32)
+    if way == "vector":
+        return weight.double()
+    if way == "tiles":
+        return cast(weight, torch.bfloat16).double()
+    ones = packed._replace(codes=torch.full_like(packed.codes, 0xFF))  # NF4's last value is 1
+    scales = reference.OPS["dequantize"](*ones, [n, k], torch.float32)
+    values = pairs.pair_values("nf4").to(weight.device)[packed.codes.long()].flatten()
+    return values[packed.start :][: n * k].view(n, k).double() * scales.double()

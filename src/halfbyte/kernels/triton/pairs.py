@@ -34,9 +34,7 @@ WARPS = 8
 ROWS = tl.constexpr(32)  # of W, of a program
 TABLE_BYTES = tl.constexpr(256 * 32 * 4)
 STEP = tl.constexpr(2048)  # columns: 64 for each thread of a warp
-CHUNK = tl.constexpr(
-    4096
-)  # columns of x in the shared memory at a time: with the table 40 of the 48 KiB a launch may have
+CHUNK = tl.constexpr(4096)  # columns of x in the shared memory at a time: with the table 40 of a launch's 48 KiB
 
 # $0: where the table begins, whose entries a program copies from $1, a row of 128 bytes of each, and behind it x.
 ALLOCATE = tl.constexpr(
@@ -81,6 +79,17 @@ STAGE = tl.constexpr(
     mov.u32 word3, 0;
     @inside ld.global.nc.v4.b32 {word0, word1, word2, word3}, [$2];
     st.shared.v4.b32 [$1], {word0, word1, word2, word3};
+    mov.u32 $0, 0;
+    }
+    """
+)
+# $3 bytes from $1 on into the second cache, where $2 is 0: compute capability 9.0 and above.
+PREFETCH = tl.constexpr(
+    """
+    {
+    .reg .pred first;
+    setp.eq.u32 first, $2, 0;
+    @first cp.async.bulk.prefetch.L2.global [$1], $3;
     mov.u32 $0, 0;
     }
     """
@@ -206,6 +215,15 @@ def _stage(x, base, chunk, k):
 
 
 @triton.jit
+def _fetch_ahead(codes, begin, chunk, k):
+    """Ask for the codes of `CHUNK` columns from `chunk` on, of rows that `begin` [ROWS] at these weights."""
+    lane = tl.arange(0, 32)[None, :]
+    source = (codes + (begin // 32 * 16 + chunk // 2)[:, None] + 0 * lane).to(tl.uint64, bitcast=True)
+    length = tl.minimum(CHUNK, k - chunk) // 2
+    tl.inline_asm_elementwise(PREFETCH, "=r,l,r,r", [source, lane, length], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _pairs_kernel(
     codes,
     scales,
@@ -230,10 +248,15 @@ def _pairs_kernel(
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
     PTX: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # budget: a kernel's pointers and compile-time switches
     at_row = tl.program_id(1).to(tl.int64)
     x += at_row * k
     base = 0
+    if AHEAD:
+        # Memory works while the table is filled, and on more than registers could hold.
+        early = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), n - 1)
+        _fetch_ahead(codes, start + early.to(tl.int64) * k, 0, k)
     if PTX:
         table = pairs.to(tl.uint64, bitcast=True)
         base = tl.inline_asm_elementwise(ALLOCATE, "=r,l", [table], dtype=tl.int32, is_pure=False, pack=1)
@@ -249,8 +272,10 @@ def _pairs_kernel(
         for chunk in range(0, k, CHUNK):
             copies = tl.zeros([ROWS, 32], dtype=tl.int32)
             if PTX:
-                _stage(x, _synchronized(base), chunk, k)
+                _stage(x, base, chunk, k)
                 base = _synchronized(base)
+                if AHEAD and chunk + CHUNK < k:
+                    _fetch_ahead(codes, begin, chunk + CHUNK, k)
                 copies = tl.inline_asm_elementwise(LANE, "=r,r", [base + copies], dtype=tl.int32, is_pure=True, pack=1)
             for first in range(chunk, tl.minimum(chunk + CHUNK, k), STEP):
                 column = first + lane * 64
@@ -278,6 +303,8 @@ def _pairs_kernel(
                 sums = _plus_products(sums, pairs, copies, w6, x, staged, column, k, 6, PTX)
                 sums = _plus_products(sums, pairs, copies, w7, x, staged, column, k, 7, PTX)
                 total += sums * scale
+            if PTX:
+                base = _synchronized(base)  # nobody reads x any longer
         finish(tl.sum(total, axis=1), bias, branch, b, out, row, at_row, n, rank, scaling, BIAS, RANK)
 
 
@@ -315,6 +342,7 @@ def multiply(product: Product, tuning: GpuTuning) -> None:
         BIAS=product.bias is not None,
         RANK=0 if product.branch is None else product.branch.padded_rank,
         PTX=x.is_cuda,
+        AHEAD=x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0),
         num_warps=WARPS,
         enable_fp_fusion=True,
     )
