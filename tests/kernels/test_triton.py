@@ -37,7 +37,7 @@ def run(*command: str, **environment: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subjects", [("quantize", "dequantize"), ("linear",), ("grouped",)])
+@pytest.mark.parametrize("subjects", [("quantize", "dequantize"), ("linear",), ("grouped",), ("adamw",)])
 def test_kernels_equal_the_reference_under_the_interpreter(subjects, tmp_path):
     """`tests/kernels/triton`, which a card runs as it is."""
     options = ["-q", "-W", "ignore::RuntimeWarning", "-o", f"cache_dir={tmp_path}", "-p", "no:xdist"]
