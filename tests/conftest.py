@@ -10,6 +10,7 @@ import shutil
 import string
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Before torch and the Hugging Face libraries are imported, which read these once. A test that starts a `halfbyte`
 # process hands them on.
@@ -53,6 +54,22 @@ def _fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)  # for libraries that draw from the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tritons_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 3.6 it takes an array of one number for a loop's end, which NumPy 2.4 no longer turns into a number."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 @pytest.fixture(scope="session")

@@ -36,8 +36,11 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
+SUBJECTS = (("quantize", "dequantize", "pairs"), ("linear",), ("grouped",), ("decoder",), ("adamw",))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("subjects", [("quantize", "dequantize", "pairs"), ("linear",), ("grouped",), ("decoder",)])
+@pytest.mark.parametrize("subjects", SUBJECTS, ids="-".join)
 def test_kernels_equal_the_reference_under_the_interpreter(subjects, tmp_path):
     """`tests/kernels/triton`, which a card runs as it is."""
     options = ["-q", "-W", "ignore::RuntimeWarning", "-o", f"cache_dir={tmp_path}", "-p", "no:xdist"]

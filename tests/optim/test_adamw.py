@@ -262,6 +262,11 @@ def test_wrong_settings_are_one_sentence(options, sentence):
         hb.optim.AdamW(parameters([(3,)]), **options)
 
 
+def test_a_cpu_has_no_graph_to_capture():
+    with pytest.raises(RequestError, match=r"not offered for parameter 0 of group 0: .* this is cpu"):
+        hb.optim.AdamW(parameters([(3,)]), capturable=True)
+
+
 def test_parameters_and_gradients_that_cannot_be_stepped():
     with pytest.raises(RequestError, match=r"parameter 0 of group 0 is torch\.float16"):
         hb.optim.AdamW(parameters([(3,)], torch.float16))

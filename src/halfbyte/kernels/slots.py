@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from halfbyte.errors import RequestError
+
 BLOCK_8BIT = 256  # elements that share a scale, as in bitsandbytes' files
 BLOCK_4BIT = 128  # arXiv 2309.01507, "B128"
 KINDS = ("float32", "8bit", "4bit")  # numbered as enum hb_state
@@ -93,6 +95,50 @@ class Batch(Protocol):
         """
 
 
+class DeviceBatch(Batch, Protocol):
+    """Slots that can also be stepped with all numbers on their device, so that a CUDA graph may hold the step."""
+
+    def squares(self, grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """What `norms` gives, as a tensor on the device: float64 [slots]."""
+
+    def step_on_device(
+        self,
+        grads: Sequence[torch.Tensor | None],
+        options: torch.Tensor,
+        weights1: Sequence[float],
+        keys: torch.Tensor,
+    ) -> None:
+        """Update parameters and states, or change nothing where the gradients' scale is NaN.
+
+        Args:
+            grads: as for `step`.
+            options: float32 [slots, 10], from `device_options`.
+            weights1: each slot's `Options.weight1`, which a kernel is chosen by.
+            keys: int32 [slots, 2], from `device_keys`.
+
+        Raises:
+            RequestError: what a capture needs to find there is not: it takes a step outside of it first.
+        """
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is done on this device now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Something is about to be made that lasts: not in a CUDA graph, which would make it again at each replay.
+
+    Raises:
+        RequestError: one is being captured.
+    """
+    if is_capturing(device):
+        raise RequestError(
+            "a CUDA graph is to hold a step of AdamW that has states or tables to make; step once before the capture, "
+            "with gradients of the same parameters and dtypes."
+        )
+
+
 def make_options(group: Mapping[str, Any], step: int, grad_scale: float) -> Options:
     """The numbers of step `step` (the first is 1) of a parameter group."""
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
@@ -111,6 +157,36 @@ def make_options(group: Mapping[str, Any], step: int, grad_scale: float) -> Opti
     )
 
 
+def device_options(group: Mapping[str, Any], steps: torch.Tensor, grad_scale: torch.Tensor) -> torch.Tensor:
+    """`make_options` of several parameters of a group, computed where their step numbers are.
+
+    Args:
+        group: a learning rate that is a tensor on that device is read there, other numbers become the graph's.
+        steps: float64 [n].
+        grad_scale: float64 [].
+
+    Returns:
+        float32 [n, 10]. Powers may differ from the host's in the last place of a float64.
+    """
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    lr = lr.double() if isinstance(lr, torch.Tensor) and lr.device == steps.device else float(lr)
+    correction2 = (1 - beta2**steps).sqrt()
+    options = Options(
+        grad_scale=grad_scale,  # type: ignore[arg-type]
+        beta1=beta1,
+        weight1=1 - beta1,
+        beta2=beta2,
+        weight2=1 - beta2,
+        eps=group["eps"],
+        correction2=correction2,
+        inverse2=1 / correction2,
+        step_size=-lr / (1 - beta1**steps),
+        decay=1 - lr * group["weight_decay"],
+    )
+    columns = [o.expand_as(steps) if isinstance(o, torch.Tensor) else torch.full_like(steps, o) for o in options]
+    return torch.stack(columns, 1).float()
+
+
 def random_keys(seed: int, steps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """The key of each parameter in a step: splitmix64 of seed, step and number.
 
@@ -126,6 +202,36 @@ def random_keys(seed: int, steps: np.ndarray, numbers: np.ndarray) -> np.ndarray
     for part in (steps, numbers):
         key = _splitmix(key ^ _splitmix(part.astype(np.uint64)))
     return key.view(np.uint32).reshape(-1, 2)
+
+
+def device_keys(seed: int, steps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """`random_keys` computed on a device.
+
+    Args:
+        seed: any integer.
+        steps: [n], whole numbers of any dtype.
+        numbers: int64 [n].
+
+    Returns:
+        int32 [n, 2], the same bits.
+    """
+    key = torch.full_like(numbers, _signed(seed))
+    for part in (steps.long(), numbers):
+        key = _splitmix_int64(key ^ _splitmix_int64(part))
+    return key.view(torch.int32).view(-1, 2)
+
+
+def _signed(number: int) -> int:
+    """The int64 of a number's lowest 64 bits."""
+    return (number & (2**64 - 1)) - ((number & 2**63) << 1)
+
+
+def _splitmix_int64(x: torch.Tensor) -> torch.Tensor:
+    """`_splitmix` without unsigned numbers: the shift's copies of the sign are masked out."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def _splitmix(x: np.ndarray) -> np.ndarray:

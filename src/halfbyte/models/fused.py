@@ -125,6 +125,7 @@ def _with_rotary(plain: Any) -> Any:
     """An attention's forward that in training finds `_rotate` under the name of transformers' function."""
     own = _rotate(plain.__globals__["apply_rotary_pos_emb"])
     names = {**plain.__globals__, "apply_rotary_pos_emb": own}
+    del names["__name__"]  # torch.compile would guard what the named module holds: the plain function
     rotating = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
     rotating.__kwdefaults__ = plain.__kwdefaults__
 

@@ -3,7 +3,7 @@
 transformers owns the loading: which file holds which key, how checkpoint names become parameter names, how per-expert
 tensors are merged into one. This class adds three things: which parameters are quantized (before), how a dense tensor
 becomes a `QuantizedTensor` (on the way), and how packed tensors are put together from their keys (for folders that are
-quantized already). Nothing in transformers is patched.
+quantized already). No class of transformers' is patched.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from halfbyte.formats import QuantSpec
 from halfbyte.models.checkpoint import is_finite
 from halfbyte.models.config import HalfbyteConfig
 from halfbyte.models.experts import choose_implementation
+from halfbyte.models.input_grads import skip_in_traces
 from halfbyte.models.peft_dispatch import register_dispatcher
 from halfbyte.nn import output_layers, prepare, report
 from halfbyte.nn.replace import EMBEDDING, EXPERTS, Plan, as_stored, make_plan, quantize_parameter
@@ -239,6 +240,7 @@ class HalfbyteQuantizer(HfQuantizer):
             choose_implementation(model)
         anew = [name for name in self.plan.chosen if not isinstance(model.get_parameter(name), QuantizedTensor)]
         model.halfbyte_report = report(model, self.plan.skipped | dict.fromkeys(anew, "made anew"))
+        skip_in_traces(model)
         register_dispatcher()
         return model
 

@@ -127,8 +127,9 @@ class _LoraLinears(torch.autograd.Function):
             y = torch.ops.halfbyte.linear(*weight, b.shape[0], x, bias)
             y.view(-1, b.shape[0]).addmm_(branch, b.t(), alpha=scaling)
             results.append(y)
-        ctx.save_for_backward(inputs, branches, a, *every_b, *(one for weight in weights for one in weight[:_INNER]))
-        ctx.descriptions, ctx.scalings = [weight[_INNER:] for weight in weights], scalings
+        fields = [tuple(weight) for weight in weights]  # torch 2.6 does not trace a slice of a named tuple
+        ctx.save_for_backward(inputs, branches, a, *every_b, *(one for weight in fields for one in weight[:_INNER]))
+        ctx.descriptions, ctx.scalings = [weight[_INNER:] for weight in fields], scalings
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in tensors[::_PER_LAYER]]
         ctx.same = dropped is None
         ctx.set_materialize_grads(False)

@@ -14,15 +14,27 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
 
 from halfbyte.errors import NonFiniteError, RequestError, nearest
-from halfbyte.kernels.adamw import make_batch
-from halfbyte.kernels.slots import BLOCK_8BIT, KINDS, Batch, Options, Slot, make_options, random_keys
-from halfbyte.optim import checkpoint
+from halfbyte.kernels.adamw import make_batch, make_device_batch, why_not_captured
+from halfbyte.kernels.slots import (
+    BLOCK_8BIT,
+    KINDS,
+    Batch,
+    DeviceBatch,
+    Options,
+    Slot,
+    device_keys,
+    is_capturing,
+    make_options,
+    random_keys,
+    refuse_capture,
+)
+from halfbyte.optim import capture, checkpoint
 from halfbyte.optim.paging import FileArena, HostBatch, HostPager
 from halfbyte.optim.states import (
     MIN_LOW_BIT_SIZE,
@@ -46,6 +58,11 @@ class _Piece:
     batch: Batch
     slots: list[Slot]
     params: list[torch.Tensor]
+    numbers: torch.Tensor | None = None  # of the slots, where they have to be on the device
+
+    @property
+    def grads(self) -> list[torch.Tensor | None]:
+        return [param.grad for param in self.params]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -71,6 +88,11 @@ class AdamW(torch.optim.Optimizer):
             memory).
         page_budget: bytes of paged state that may be resident at a time.
         page_dir: folder of the file; None: the system's folder for temporary files.
+        capturable: keep step numbers and what follows from them on the GPU, so that a CUDA graph may hold a step; make
+            one before the capture, which allocates the states. A learning rate that is a tensor on the GPU is read at
+            each replay, and other settings stay what they were. No host can look at gradients then: a step whose
+            gradients are not finite changes nothing and says nothing, and `grad_norm` is a tensor. Not with 4-bit
+            states, which are stepped with numbers of the host, nor with `paged`, where the host decides what is moved.
 
     Raises:
         RequestError: a setting that is not offered, or a parameter that cannot be stepped.
@@ -96,6 +118,7 @@ class AdamW(torch.optim.Optimizer):
         paged: Literal[False, "file", "host"] = False,
         page_budget: int = 1 << 28,
         page_dir: str | None = None,
+        capturable: bool = False,
     ) -> None:
         _choice("bf16", bf16, ("stochastic", "master"))
         _choice("paged", paged, (False, "file", "host"))
@@ -103,10 +126,13 @@ class AdamW(torch.optim.Optimizer):
             raise RequestError(f"max_grad_norm is {max_grad_norm}; give a number above 0, or None.")
         if paged and page_budget < 1 << 16:
             raise RequestError(f"page_budget is {page_budget} bytes; give at least 65536.")
+        if paged and capturable:
+            raise RequestError(f"paged={paged!r} has the host move states in each step; choose it or capturable=True.")
         self.keep_float32, self.bf16, self.seed = tuple(keep_float32), bf16, int(seed)
         self.max_grad_norm, self.check_finite = max_grad_norm, check_finite
         self.paged, self.page_budget, self.page_dir = paged, int(page_budget), page_dir
-        self.grad_norm: float | None = None
+        self.capturable = bool(capturable)
+        self.grad_norm: float | torch.Tensor | None = None
         self._reset()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state": state}
         super().__init__(params, defaults)
@@ -118,7 +144,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("keep_float32", "bf16", "seed", "max_grad_norm", "check_finite", "paged", "page_budget", "page_dir")
-        settings = {name: getattr(self, name) for name in kept}
+        settings = {name: getattr(self, name) for name in (*kept, "capturable")}
         return {**super().__getstate__(), **settings, "grad_norm": self.grad_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -133,6 +159,10 @@ class AdamW(torch.optim.Optimizer):
         """
         checked = {**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}}
         _check_group(checked)
+        if self.capturable and checked["state"] == "4bit":
+            raise RequestError(
+                "state='4bit' is stepped with numbers of the host; with capturable=True choose '8bit' or 'float32'."
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["betas"] = tuple(group["betas"])
@@ -164,6 +194,18 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pieces = self._prepare()
+        if self.capturable:
+            self._step_on_device(pieces)
+        else:
+            self._step_from_host(pieces)
+        return loss
+
+    def _step_from_host(self, pieces: list[_Piece]) -> None:
+        if any(is_capturing(piece.params[0].device) for piece in pieces):
+            raise RequestError(
+                "this AdamW takes numbers from the host at each step, and a CUDA graph would repeat those of its "
+                "capture; make it with capturable=True."
+            )
         scale = self._grad_scale(pieces)
         options: dict[tuple[int, int], int] = {}
         values: list[Options] = []
@@ -183,8 +225,24 @@ class AdamW(torch.optim.Optimizer):
             numbers = np.array([slot.number for slot in piece.slots], dtype=np.int64)
             keys = random_keys(self.seed, np.array(steps, dtype=np.int64), numbers)
             if values:
-                piece.batch.step([param.grad for param in piece.params], values, which, keys)
-        return loss
+                piece.batch.step(piece.grads, values, which, keys)
+
+    def _step_on_device(self, pieces: list[_Piece]) -> None:
+        """The same, and no number comes from the host or goes there."""
+        batches = [cast(DeviceBatch, piece.batch) for piece in pieces]
+        squares = []
+        if self.max_grad_norm is not None or self.check_finite:
+            squares = [batch.squares(piece.grads) for batch, piece in zip(batches, pieces, strict=True)]
+        norm = self.grad_norm = capture.norm_of(squares) if squares else None
+        for batch, piece in zip(batches, pieces, strict=True):
+            counts = [self.state[param]["step"] for param in piece.params]
+            stepped = [count for count, grad in zip(counts, piece.grads, strict=True) if grad is not None]
+            if stepped:
+                scale = capture.advance(stepped, norm, self.max_grad_norm)
+                steps = torch.stack(counts)
+                options, weights1 = capture.options_of(self.param_groups, piece.params, steps, scale)
+                keys = device_keys(self.seed, steps, cast(torch.Tensor, piece.numbers))
+                batch.step_on_device(piece.grads, options, weights1, keys)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` reads: plain tensors and numbers, with a version. Paged states come as copies."""
@@ -216,7 +274,7 @@ class AdamW(torch.optim.Optimizer):
             state = {name: self._allocate(tensor.dtype, tensor.shape, param.device) for name, tensor in tensors.items()}
             for name, tensor in tensors.items():
                 state[name].copy_(tensor)
-            self.state[param] = {"step": step, **state}
+            self.state[param] = {"step": self._count(step, param), **state}
             self._release()
         for group, settings in zip(self.param_groups, found.settings, strict=True):
             group.update(settings)
@@ -258,6 +316,9 @@ class AdamW(torch.optim.Optimizer):
             raise RequestError(f"{name} is {param.dtype}; AdamW steps float32 and bfloat16 parameters.")
         if param.layout != torch.strided:
             raise RequestError(f"{name} is {param.layout}; AdamW steps dense parameters.")
+        why = why_not_captured(param.device) if self.capturable else ""
+        if why:
+            raise RequestError(f"capturable=True is not offered for {name}: {why}; leave it out.")
         if self.paged == "host" and param.device.type != "cuda":
             raise RequestError(f"paged='host' needs a CUDA device, and {name} is on {param.device}; choose 'file'.")
         if self.paged == "file" and param.device.type != "cpu":
@@ -274,6 +335,9 @@ class AdamW(torch.optim.Optimizer):
         if self._arena is not None:
             self._arena.release()
 
+    def _count(self, step: int, param: torch.Tensor) -> int | torch.Tensor:
+        return torch.tensor(float(step), dtype=torch.float64, device=param.device) if self.capturable else step
+
     def _prepare(self) -> list[_Piece]:
         """States for parameters that have their first gradient, and the pieces of work."""
         for number, group in enumerate(self.param_groups):
@@ -282,8 +346,9 @@ class AdamW(torch.optim.Optimizer):
                     name = self._names(number)[at]
                     self._check_param(param, name)
                     kind, master = self._kind(group, param, name), self._has_master(param)
+                    refuse_capture(param.device)
                     state = new_state(param, kind, master=master, allocate=self._allocate)
-                    self.state[param] = {"step": 0, **state}
+                    self.state[param] = {"step": self._count(0, param), **state}
                     self._release()
                     self._pieces = None
         if self._pieces is None:
@@ -312,7 +377,12 @@ class AdamW(torch.optim.Optimizer):
     def _piece(self, slots: list[Slot]) -> _Piece:
         if self._pager is not None:
             return _Piece(self._pager.batch(slots), slots, [slot.param for slot in slots])
-        return _Piece(make_batch(slots), slots, [slot.param for slot in slots])
+        params = [slot.param for slot in slots]
+        if not self.capturable:
+            return _Piece(make_batch(slots), slots, params)
+        refuse_capture(params[0].device)
+        numbers = torch.tensor([slot.number for slot in slots], device=params[0].device)
+        return _Piece(make_device_batch(slots), slots, params, numbers)
 
     def _ranges(self) -> Iterator[tuple[Slot, int]]:
         """Every parameter as a slot, or as several where its state is larger than the budget, with its bytes."""
@@ -358,7 +428,7 @@ class AdamW(torch.optim.Optimizer):
             return 1.0
         total = 0.0
         for piece in pieces:
-            sums = piece.batch.norms([param.grad for param in piece.params])
+            sums = piece.batch.norms(piece.grads)
             total += math.fsum(sums) if all(map(math.isfinite, sums)) else math.nan
         if not math.isfinite(total):
             raise NonFiniteError(f"the gradient of {self._first_not_finite()} is not finite; no parameter was changed.")

@@ -82,7 +82,7 @@ def write_bitsandbytes(packed: dict[str, Any]) -> dict[str, Any]:
             device = state["state1"].device
             tensors = {name: state[name] for name in ("state1", "state2", "absmax1", "absmax2")}
             tensors |= {"qmap1": MOMENT1_8BIT.table(device), "qmap2": MOMENT2_8BIT.table(device)}
-        states[number] = {"step": state["step"], _BNB: {name: t.clone() for name, t in tensors.items()}}
+        states[number] = {"step": int(state["step"]), _BNB: {name: t.clone() for name, t in tensors.items()}}
     unknown = {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
     groups = [{**unknown, **{k: v for k, v in group.items() if k != "state"}} for group in packed["param_groups"]]
     return {"state": states, "param_groups": groups}

@@ -134,8 +134,10 @@ class Offload:
         return call
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Checkpoint:
-        # Masks and positions need no gradient; layers share them, and each would copy them.
-        moves = tensor.requires_grad and tensor.is_contiguous() and type(tensor) is torch.Tensor
+        # Masks and positions need no gradient; layers share them, and each would copy them. torch 2.6 saves an empty
+        # tensor beside each layer's inputs.
+        whole = tensor.is_contiguous() and tensor.numel() > 0
+        moves = tensor.requires_grad and whole and type(tensor) is torch.Tensor
         pool = self._pool(tensor.device) if moves else None
         if pool is None:
             return tensor

@@ -16,19 +16,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(autouse=True)
-def _loops_of_an_old_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.2's takes an array of one number for a loop's end, which NumPy 2.4 no longer turns into a number."""
-    from triton.runtime import interpreter
-
-    if not INTERPRETED or not triton.__version__.startswith("3.2."):
-        return
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: type) -> None:
-        patch(tensor)
-        monkeypatch.setattr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+def _what_old_interpreters_lack(tritons_interpreter: None) -> None:
+    """Loops."""
 
 
 @pytest.fixture

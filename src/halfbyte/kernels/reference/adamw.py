@@ -45,14 +45,18 @@ class ReferenceBatch:
 
     def norms(self, grads: Sequence[torch.Tensor | None]) -> list[float]:
         """See `Batch.norms`. A GPU is waited for once."""
+        numbers: list[float] = self.squares(grads).tolist() if self.slots else []
+        return numbers
+
+    def squares(self, grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """See `DeviceBatch.squares`."""
         found = [
             torch.zeros((), dtype=torch.float64, device=slot.param.device)
             if grad is None
             else _range(grad, slot).double().square().sum()
             for slot, grad in zip(self.slots, grads, strict=True)
         ]
-        numbers: list[float] = torch.stack(found).tolist() if found else []
-        return numbers
+        return torch.stack(found)
 
     def step(
         self,
