@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        torch.__version__ < "2.7", reason="torch 2.6 traces neither peft's context manager nor transformers' decorators"
+        torch.__version__ < "2.11", reason="graphs break with torch 2.6 and 2.7; up to 2.11 none was tried"
     ),
 ]
 LLAMA = {

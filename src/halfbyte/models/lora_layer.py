@@ -36,8 +36,7 @@ class LoraLinear4bit(LoraLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`x` [..., in] -> [..., out]: the base layer's output and the active adapters'."""
-        self.slower_because = self._why_not_fused(args, kwargs)
-        if self.slower_because:
+        if self._is_slower(args, kwargs):
             result: torch.Tensor = super().forward(x, *args, **kwargs)
             return result
         base: Any = self.base_layer
@@ -53,12 +52,18 @@ class LoraLinear4bit(LoraLinear):
             it drops elements of the input that are its own, somebody listens to the call, or peft's own forward runs.
         """
         hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        self.slower_because = self._why_not_fused((), {})
-        if self.slower_because or hooks or "forward" in vars(self) or self._dropout():
+        if self._is_slower((), {}) or hooks or "forward" in vars(self) or self._dropout():
             return None
         base: Any = self.base_layer
         dtype = self._product_dtype(x) or x.dtype
         return dtype, dtype if base.compute_dtype is None else x.dtype, self._weights()
+
+    def _is_slower(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether peft's own forward has to run; why is noted, but in a trace: a traced checkpoint changes nothing."""
+        why = self._why_not_fused(args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.slower_because = why
+        return bool(why)
 
     def _weights(self) -> LoraWeights:
         base: Any = self.base_layer
