@@ -7,9 +7,10 @@ import torch
 from networks import moved, network
 
 from halfbyte.errors import RequestError
-from halfbyte.infer import Engine, SamplingParams
+from halfbyte.infer import Engine, SamplingParams, few_rows
 from halfbyte.infer.placement import choose_device, slots_that_fit, workspace
 from halfbyte.infer.scheduler import CHUNK_ALONE
+from halfbyte.kernels.cpu import Missing
 from halfbyte.kernels.decoder import Cache
 from halfbyte.models import HalfbyteConfig, load_model
 
@@ -90,3 +91,23 @@ def test_an_engine_may_be_made_in_somebodys_inference_mode(tiny_llama):
     with torch.inference_mode(), Engine(model) as engine:
         (answer,) = engine.generate(["abc"], SamplingParams(max_tokens=3, ignore_end=True))
     assert len(answer.choices) == 3
+
+
+def test_what_takes_steps_is_chosen_with_a_reason(monkeypatch):
+    net = network("groups of two")
+    cache = Cache.empty(net, 1, torch.float32)
+    away = moved(net, "meta")
+    decoder, said = few_rows.few_rows_decoder(away, Cache.empty(away, 1, torch.float32), torch.float32, None)
+    if not torch.backends.cuda.is_built():
+        assert decoder is None
+        assert said.startswith("torch operations, because this torch is built without CUDA; ")
+    monkeypatch.setattr(few_rows.cpu, "native_library", lambda: Missing("there is no compiler", "install one"))
+    decoder, said = few_rows.few_rows_decoder(net, cache, torch.float32, None)
+    assert (decoder, said) == (None, "torch operations, because there is no compiler; install one")
+    monkeypatch.setenv("HALFBYTE_KERNELS", "reference")
+    decoder, said = few_rows.few_rows_decoder(net, cache, torch.float32, None)
+    assert (decoder, said) == (None, "torch operations, because HALFBYTE_KERNELS=reference asks for it")
+    assert [(choice.device, choice.name) for choice in few_rows.chosen_decoders()] == [
+        ("cpu", "torch"),
+        ("cuda", "torch"),
+    ]
