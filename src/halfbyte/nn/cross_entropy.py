@@ -57,28 +57,22 @@ def linear_cross_entropy(
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
     flat, targets = hidden.reshape(-1, hidden.shape[-1]).to(device), labels.reshape(-1).to(device)
-    counts = targets != ignore_index
-    counted: torch.Tensor | None = None
-    number: torch.Tensor | int
-    if torch.compiler.is_compiling():  # a traced graph has no shapes that depend on data
-        counted, number, targets = counts, counts.sum(), targets.where(counts, 0)
-    else:
-        # On a GPU the host waits here for the labels, once a pass: less than projecting tokens for nothing would take.
-        kept = counts.nonzero().squeeze(-1)
-        number = len(kept)
-        if number < len(targets):
-            flat, targets = flat.index_select(0, kept), targets.index_select(0, kept)
+    # On a GPU the host waits here for the labels, once a pass: less than projecting tokens for nothing would take.
+    kept = (targets != ignore_index).nonzero().squeeze(-1)
+    number = len(kept)
+    if number < len(targets):
+        flat, targets = flat.index_select(0, kept), targets.index_select(0, kept)
     # Outside the function, so that autograd undoes them.
     flat, weight = flat.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     divisor = number if num_items is None else torch.as_tensor(num_items, device=device)
-    if summed is not None and rows is None and counted is None and number:
+    if summed is not None and rows is None and number:
         return summed(flat, weight, targets, bias) / divisor
     index = values = None
     if rows is not None:
         index, values = torch.tensor(rows[0], device=device), rows[1].to(device, dtype)
         weight = weight.detach().index_copy(0, index, values.detach())
-    total: torch.Tensor = _SummedLoss.apply(flat, weight, bias, targets, index, values, counted)
+    total: torch.Tensor = _SummedLoss.apply(flat, weight, bias, targets, index, values)
     return total / divisor
 
 
@@ -109,7 +103,7 @@ def chunk_rows(vocabulary: int, itemsize: int) -> int:
 class _SummedLoss(torch.autograd.Function):
     """The summed loss of [rows, width]; its gradients are computed on the way, for a gradient of 1.
 
-    `values` are the rows of `weight` at `index`, for a gradient of these alone. `counted`: which rows count; None: all.
+    `values` are the rows of `weight` at `index`, for a gradient of these alone.
     """
 
     @staticmethod
@@ -121,9 +115,8 @@ class _SummedLoss(torch.autograd.Function):
         labels: torch.Tensor,
         index: torch.Tensor | None,
         values: torch.Tensor | None,
-        counted: torch.Tensor | None,
     ) -> torch.Tensor:
-        need_hidden, need_weight, need_bias, _, _, need_values, _ = ctx.needs_input_grad
+        need_hidden, need_weight, need_bias, _, _, need_values = ctx.needs_input_grad
         gradient = need_hidden or need_weight or need_bias or need_values
         rows, vocabulary = hidden.shape[0], weight.shape[0]
         step = chunk_rows(vocabulary, weight.element_size())
@@ -145,9 +138,6 @@ class _SummedLoss(torch.autograd.Function):
             else:
                 torch.addmm(bias, chunk, weight.t(), out=logits)
             losses = torch.ops.halfbyte.cross_entropy_(logits, labels[row : row + step], gradient)
-            if counted is not None:
-                losses = losses * counted[row : row + step]
-                logits.mul_(counted[row : row + step, None])
             total += losses.sum(dtype=torch.float64)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[row : row + step])
@@ -172,5 +162,4 @@ class _SummedLoss(torch.autograd.Function):
             None,
             None,
             None if grad_values is None else (grad_values * grad).to(ctx.dtype),
-            None,
         )
