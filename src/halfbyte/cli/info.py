@@ -63,9 +63,13 @@ def machine_info() -> dict[str, Any]:
     import torch
 
     from halfbyte.device import this_machine
+    from halfbyte.kernels.tuning import too_old
 
     machine = this_machine()
     gpus = ", ".join(f"{name} ({memory / 1e9:.0f} GB)" for name, memory in machine.gpus)
+    for number in range(len(machine.gpus)):
+        if why_not := too_old(torch.device("cuda", number)):
+            gpus += f"; {why_not}: torch operations run there instead"
     facts: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
         "processor": f"{machine.processor}, {machine.capability}",

@@ -13,6 +13,7 @@ from halfbyte.kernels.cpu import Native
 from halfbyte.kernels.cpu.decoder import NativeDecoder
 from halfbyte.kernels.decoder import Cache, Enter, Network
 from halfbyte.kernels.registry import Availability
+from halfbyte.kernels.tuning import too_old
 
 if TYPE_CHECKING:
     from halfbyte.kernels.triton.decoder import TritonDecoder
@@ -43,6 +44,9 @@ def few_rows_decoder(
 
 
 def _on_card(network: Network, cache: Cache, dtype: torch.dtype) -> tuple[TritonDecoder | None, str]:
+    why_not = too_old(network.device)
+    if why_not:
+        return None, f"torch operations, because {why_not}"
     from halfbyte.kernels.triton.decoder import TritonDecoder
     from halfbyte.kernels.triton.weights import takes
 

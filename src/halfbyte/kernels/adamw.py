@@ -16,6 +16,7 @@ from halfbyte.kernels import cpu
 from halfbyte.kernels.cpu.adamw import NativeBatch
 from halfbyte.kernels.reference.adamw import ReferenceBatch
 from halfbyte.kernels.slots import Batch, DeviceBatch, Slot
+from halfbyte.kernels.tuning import too_old
 
 
 def make_batch(slots: Sequence[Slot]) -> Batch:
@@ -24,13 +25,13 @@ def make_batch(slots: Sequence[Slot]) -> Batch:
     Raises:
         ShapeError: a state that does not belong to its parameter.
     """
-    device = slots[0].param.device.type if slots else "cpu"
+    device = slots[0].param.device if slots else torch.device("cpu")
     if env.kernels() == "reference":
         return ReferenceBatch(slots)
     native = cpu.native_library()
-    if device == "cpu" and isinstance(native, cpu.Native):
+    if device.type == "cpu" and isinstance(native, cpu.Native):
         return NativeBatch(native, slots)
-    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None and not too_old(device):
         return make_device_batch(slots)
     return ReferenceBatch(slots)
 
@@ -50,4 +51,4 @@ def why_not_captured(device: torch.device) -> str:
         return "HALFBYTE_KERNELS=reference asks for torch's operations, which take numbers from the host"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return ""
+    return too_old(device)

@@ -23,6 +23,7 @@ from halfbyte import env
 from halfbyte.errors import RequestError
 from halfbyte.kernels import cpu, reference
 from halfbyte.kernels.schema import LIBRARY, SCHEMAS
+from halfbyte.kernels.tuning import too_old
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def _triton_available() -> Availability:
 
 
 def _triton_op(name: str, *args: Any) -> Any:
+    if too_old(args[0].device):
+        return reference.OPS[name](*args)
     from halfbyte.kernels.triton.ops import OPS  # importing triton takes seconds, and most processes have no card
 
     return OPS[name](*args)

@@ -10,6 +10,7 @@ with AVX512-BF16's for bfloat16.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -121,6 +122,21 @@ GPU_TUNING: dict[tuple[int, int], GpuTuning] = {
     (8, 0): GpuTuning(1, 128, 32, 4, 1024, _FEW, _MANY, 4, 4096),
     (9, 0): GpuTuning(1, 128, 32, 4, 1024, _FEW, _MANY, 4, 4096, grouped_rows=256),
 }
+
+
+OLDEST_CARD = (7, 5)  # compute capability that Triton 3.2 to 3.9 compile for
+
+
+@cache
+def too_old(device: torch.device) -> str:
+    """Why a device is no card that Triton's kernels run on, a sentence fragment; "": it is one, or no card."""
+    if device.type != "cuda" or torch.version.hip:
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CARD:
+        return ""
+    has, needs = (".".join(map(str, one)) for one in (capability, OLDEST_CARD))
+    return f"{torch.cuda.get_device_name(device)} has compute capability {has}, and Triton's kernels need {needs}"
 
 
 def gpu_tuning(device: torch.device) -> GpuTuning:

@@ -26,6 +26,7 @@ import torch
 from halfbyte import env
 from halfbyte.kernels import Choice
 from halfbyte.kernels.registry import Availability
+from halfbyte.kernels.tuning import too_old
 from halfbyte.nn.rowwise import rms_norm, rotary, swiglu
 
 PARTS = ("loss", "norm", "mlp", "rotary")
@@ -68,7 +69,7 @@ def operations(tensor: torch.Tensor) -> Operations | None:
     """What computes on `tensor`'s device and in its dtype; None: the model's own code."""
     if tensor.is_cpu:
         return OWN
-    if not tensor.is_cuda or not liger_available().possible:
+    if not tensor.is_cuda or not liger_available().possible or too_old(tensor.device):
         return None
     if tensor.dtype == torch.bfloat16 and not _compiles_bfloat16(tensor.device):
         return None
