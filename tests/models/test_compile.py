@@ -92,7 +92,8 @@ def trained_of(model):
 
 
 @pytest.mark.parametrize(
-    ("family", "checkpointing"), [("Llama", False), ("Llama", True), ("Qwen3Moe", False), ("GptOss", False)]
+    ("family", "checkpointing"),
+    [("Llama", False), ("Llama", True), ("Qwen3Moe", False), ("Qwen3Moe", True), ("GptOss", False)],
 )
 def test_a_training_step(model_of, family, checkpointing):
     """Also with checkpoints, for which transformers makes the embeddings' output a leaf in eager mode."""

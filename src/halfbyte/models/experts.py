@@ -8,20 +8,26 @@ slice of the packed tensor at a time; `model.set_experts_implementation("eager")
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from halfbyte.nn import Routing, combine, dispatch, grouped_linear, grouped_lora, pieces, route
+from halfbyte.nn import GroupedLora, Routing, combine, dispatch, grouped_linear, grouped_lora, pieces, route
 
 IMPLEMENTATION = "halfbyte"
 _PIECE = 1 << 22  # bytes of hidden states that go through the experts together; see experts_forward
-BRANCHES = "halfbyte_branches"  # a module's adapters for the call under way: parameter name -> list of GroupedLora
+BRANCHES = "halfbyte_branches"  # the argument below, which transformers hands through
+Branches = Mapping[str, Sequence[GroupedLora]]  # by the parameter's name
 
 
 def experts_forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    halfbyte_branches: Branches | None = None,
 ) -> torch.Tensor:
     """The forward of a module of experts.
 
@@ -30,24 +36,28 @@ def experts_forward(
         hidden_states: [tokens, hidden].
         top_k_index: integer [tokens, top_k], the experts of each token.
         top_k_weights: [tokens, top_k], their shares in its result.
+        halfbyte_branches: adapters of the module's parameters.
 
     Returns:
         [tokens, hidden], in the dtype of `hidden_states`.
     """
+    branches = halfbyte_branches or {}
     routing = route(top_k_index, self.num_experts)
     share = top_k_weights.reshape(-1)[routing.order, None]
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not hidden_states.is_cpu:
-        outer = _rows(self, hidden_states, share, routing)
+        outer = _rows(self, hidden_states, share, routing, branches)
     else:
         # What is thrown away at once comes from memory that is mapped already, and stays in a cache: 2048 tokens
         # through OLMoE's layer take 457 ms of CPU time in pieces of 4 MiB, 448 of 1 MiB, 555 without.
         outer = hidden_states.new_empty((len(routing.order), hidden_states.shape[1]))
         for where, part in pieces(routing, _PIECE // (hidden_states.shape[1] * hidden_states.element_size())):
-            outer[where] = _rows(self, hidden_states, share[where], part)
+            outer[where] = _rows(self, hidden_states, share[where], part, branches)
     return combine(outer, routing).to(hidden_states.dtype)
 
 
-def _rows(self: Any, hidden_states: torch.Tensor, share: torch.Tensor, routing: Routing) -> torch.Tensor:
+def _rows(
+    self: Any, hidden_states: torch.Tensor, share: torch.Tensor, routing: Routing, branches: Branches
+) -> torch.Tensor:
     """The experts' results, [pairs, hidden], each times its share."""
     norm = self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None
     gated = getattr(self, "has_gate", True)
@@ -59,24 +69,30 @@ def _rows(self: Any, hidden_states: torch.Tensor, share: torch.Tensor, routing: 
         return (inner * share).to(inner.dtype) if early else inner
 
     x = dispatch(hidden_states, routing)
-    wide = _project(self, "gate_up_proj" if gated else "up_proj", x, routing, hidden_states)
+    name = "gate_up_proj" if gated else "up_proj"
+    wide = _project(self, name, x, routing, branches.get(name, ()), hidden_states)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Computed again on the way back: autograd would keep three more tensors of its width, and mapping their pages
         # takes as long.
         inner = checkpoint(between, wide, share, use_reentrant=False, preserve_rng_state=False)
     else:
         inner = between(wide, share)
-    outer = _project(self, "down_proj", inner, routing)
+    outer = _project(self, "down_proj", inner, routing, branches.get("down_proj", ()))
     if early:
         return outer
     return ((outer if norm is None else norm(outer)) * share).to(outer.dtype)
 
 
 def _project(
-    self: Any, name: str, x: torch.Tensor, routing: Routing, tokens: torch.Tensor | None = None
+    self: Any,
+    name: str,
+    x: torch.Tensor,
+    routing: Routing,
+    branches: Sequence[GroupedLora],
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     y = grouped_linear(x, getattr(self, name), routing, transposed=self.is_transposed)
-    for adapter in getattr(self, BRANCHES, {}).get(name, ()):
+    for adapter in branches:
         y = y + grouped_lora(x.to(y.dtype), adapter, routing, tokens)
     if self.has_bias:
         bias = getattr(self, f"{name}_bias")

@@ -9,8 +9,6 @@ Imported when peft is (`peft_dispatch.py`), never before: this module needs peft
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,13 +36,17 @@ class ParamWrapper(lora.ParamWrapper):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's forward, with the active adapters' change of the parameter."""
-        self.slower_because = self._why_not_grouped(kwargs)
-        if self.slower_because:
-            result: torch.Tensor = super().forward(x, *args, **kwargs)
+        why = self._why_not_grouped(kwargs)
+        if not torch.compiler.is_compiling():  # a traced checkpoint changes nothing
+            self.slower_because = why
+        result: torch.Tensor
+        if why:
+            result = super().forward(x, *args, **kwargs)
             return result
         self._check_forward_args(x, *args, **kwargs)
-        with self._beside_the_product():
-            result = self.base_layer(x, *args, **kwargs)
+        # Wrappers of the module's other parameters lie around this one or inside: each adds its own on the way.
+        branches = {**kwargs.pop(BRANCHES, {}), self.parameter_name: self._adapters()}
+        result = self.base_layer(x, *args, **kwargs, **{BRANCHES: branches})
         return result
 
     def _why_not_grouped(self, kwargs: dict[str, Any]) -> str:
@@ -59,17 +61,6 @@ class ParamWrapper(lora.ParamWrapper):
         if getattr(getattr(base, "config", None), "_experts_implementation", None) != IMPLEMENTATION:
             return "the experts run transformers' loop"
         return ""
-
-    @contextmanager
-    def _beside_the_product(self) -> Iterator[None]:
-        """Give the module of experts this parameter's adapters for one call, as peft gives it another parameter."""
-        base = self.get_base_layer()
-        before = getattr(base, BRANCHES, {})
-        setattr(base, BRANCHES, {**before, self.parameter_name: self._adapters()})
-        try:
-            yield
-        finally:
-            setattr(base, BRANCHES, before)
 
     def _adapters(self) -> list[GroupedLora]:
         found = []
