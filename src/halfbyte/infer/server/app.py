@@ -82,7 +82,7 @@ class _Answers:
             event: Event | BaseException | None = None
             try:
                 index, event = await asyncio.wait_for(self._events.get(), _WATCH)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 index = -1
             if time.monotonic() > looked + _WATCH:
                 looked = time.monotonic()
