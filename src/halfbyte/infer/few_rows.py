@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +12,11 @@ from halfbyte.kernels import Choice, cpu
 from halfbyte.kernels.cpu import Native
 from halfbyte.kernels.cpu.decoder import NativeDecoder
 from halfbyte.kernels.decoder import Cache, Enter, Network
-from halfbyte.kernels.registry import Availability
+from halfbyte.kernels.registry import REFERENCE_ASKED_FOR, Availability, cpu_available, triton_available
 from halfbyte.kernels.tuning import too_old
 
 if TYPE_CHECKING:
     from halfbyte.kernels.triton.decoder import TritonDecoder
-
-_ASKED_FOR = Availability(False, "HALFBYTE_KERNELS=reference asks for it")
 
 
 def few_rows_decoder(
@@ -33,7 +31,7 @@ def few_rows_decoder(
         enter: see `Enter`; on a card all weights are there, and it is not called.
     """
     on_cpu = network.device.type == "cpu"
-    state = native_available() if on_cpu else triton_available()
+    state = _state(cpu_available if on_cpu else triton_available)
     if not state.possible:
         return None, f"torch operations, because {state.reason}" + (f"; {state.remedy}" if state.remedy else "")
     if not on_cpu:
@@ -58,29 +56,12 @@ def _on_card(network: Network, cache: Cache, dtype: torch.dtype) -> tuple[Triton
 
 def chosen_decoders() -> tuple[Choice, ...]:
     """What takes such steps on a CPU and on a card."""
-    states = (("cpu", "native", native_available()), ("cuda", "triton", triton_available()))
+    states = (("cpu", "native", _state(cpu_available)), ("cuda", "triton", _state(triton_available)))
     return tuple(
         Choice("decoding", device, name if state.possible else "torch", state.reason, state.remedy)
         for device, name, state in states
     )
 
 
-def native_available() -> Availability:
-    """Whether the native library can take them."""
-    if env.kernels() == "reference":
-        return _ASKED_FOR
-    library = cpu.native_library()
-    if isinstance(library, cpu.Missing):
-        return Availability(False, library.reason, library.remedy)
-    return Availability(True, f"one call a step, {library.isa}")
-
-
-def triton_available() -> Availability:
-    """Whether Triton's kernels can take them on a card of this machine, if it has one."""
-    if env.kernels() == "reference":
-        return _ASKED_FOR
-    if not torch.backends.cuda.is_built():
-        return Availability(False, "this torch is built without CUDA", "on a machine with a card, install one with it")
-    if importlib.util.find_spec("triton") is None:
-        return Availability(False, "triton is not installed", "pip install triton")
-    return Availability(True, "a CUDA graph a step")
+def _state(available: Callable[[], Availability]) -> Availability:
+    return REFERENCE_ASKED_FOR if env.kernels() == "reference" else available()

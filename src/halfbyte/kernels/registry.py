@@ -65,17 +65,23 @@ class Choice:
     remedy: str = ""
 
 
-def _cpu_available() -> Availability:
+NO_CUDA = Availability(False, "this torch is built without CUDA", "on a machine with a card, install one with it")
+REFERENCE_ASKED_FOR = Availability(False, "HALFBYTE_KERNELS=reference asks for it")
+
+
+def cpu_available() -> Availability:
+    """Whether the native library is there."""
     library = cpu.native_library()
     if isinstance(library, cpu.Missing):
         return Availability(False, library.reason, library.remedy)
     return Availability(True, f"native kernels, {library.isa}, on {library.threads}")
 
 
-def _triton_available() -> Availability:
+def triton_available() -> Availability:
+    """Whether Triton's kernels run on a card of this machine, if it has one; `too_old` says on which they do not."""
     # Whether there is a device now is not asked: that would start CUDA in every process that imports halfbyte.
     if not torch.backends.cuda.is_built():
-        return Availability(False, "this torch is built without CUDA", "on a machine with a card, install one with it")
+        return NO_CUDA
     if importlib.util.find_spec("triton") is None:
         return Availability(False, "triton is not installed", "pip install triton")
     return Availability(True, f"Triton {version('triton')}; it compiles a kernel when it first runs")
@@ -108,9 +114,9 @@ REFERENCE = Backend(
     lambda: reference.OPS,
     lambda: Availability(True, "torch operations; runs on any device"),
 )
-CPU = Backend("cpu", "cpu", "CPU", lambda: cpu.native_ops().table(), _cpu_available)
+CPU = Backend("cpu", "cpu", "CPU", lambda: cpu.native_ops().table(), cpu_available)
 TRITON = Backend(
-    "triton", "cuda", "CUDA", lambda: {name: partial(_triton_op, name) for name in _TRITON_OPS}, _triton_available
+    "triton", "cuda", "CUDA", lambda: {name: partial(_triton_op, name) for name in _TRITON_OPS}, triton_available
 )
 BACKENDS: tuple[Backend, ...] = (CPU, TRITON, REFERENCE)
 

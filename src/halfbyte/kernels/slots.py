@@ -12,7 +12,7 @@ i is a hash of i and of a key that belongs to (seed, step, parameter); it depend
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -141,8 +141,13 @@ def refuse_capture(device: torch.device) -> None:
 
 def make_options(group: Mapping[str, Any], step: int, grad_scale: float) -> Options:
     """The numbers of step `step` (the first is 1) of a parameter group."""
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    correction2 = math.sqrt(1 - beta2**step)
+    return _options(group, float(group["lr"]), step, math.sqrt, grad_scale)
+
+
+def _options(group: Mapping[str, Any], lr: Any, step: Any, sqrt: Callable[[Any], Any], grad_scale: Any) -> Options:
+    """Of numbers of the host, or of tensors."""
+    beta1, beta2 = group["betas"]
+    correction2 = sqrt(1 - beta2**step)
     return Options(
         grad_scale=grad_scale,
         beta1=beta1,
@@ -168,21 +173,9 @@ def device_options(group: Mapping[str, Any], steps: torch.Tensor, grad_scale: to
     Returns:
         float32 [n, 10]. Powers may differ from the host's in the last place of a float64.
     """
-    lr, (beta1, beta2) = group["lr"], group["betas"]
+    lr = group["lr"]
     lr = lr.double() if isinstance(lr, torch.Tensor) and lr.device == steps.device else float(lr)
-    correction2 = (1 - beta2**steps).sqrt()
-    options = Options(
-        grad_scale=grad_scale,  # type: ignore[arg-type]
-        beta1=beta1,
-        weight1=1 - beta1,
-        beta2=beta2,
-        weight2=1 - beta2,
-        eps=group["eps"],
-        correction2=correction2,
-        inverse2=1 / correction2,
-        step_size=-lr / (1 - beta1**steps),
-        decay=1 - lr * group["weight_decay"],
-    )
+    options: tuple[Any, ...] = _options(group, lr, steps, torch.sqrt, grad_scale)
     columns = [o.expand_as(steps) if isinstance(o, torch.Tensor) else torch.full_like(steps, o) for o in options]
     return torch.stack(columns, 1).float()
 

@@ -25,7 +25,7 @@ import torch
 
 from halfbyte import env
 from halfbyte.kernels import Choice
-from halfbyte.kernels.registry import Availability
+from halfbyte.kernels.registry import NO_CUDA, REFERENCE_ASKED_FOR, Availability, triton_available
 from halfbyte.kernels.tuning import too_old
 from halfbyte.nn.rowwise import rms_norm, rotary, swiglu
 
@@ -35,7 +35,6 @@ FLASH_CAPABILITY = (8, 0)
 LIGER_VERSION = (0, 8)  # the oldest that it was tried with
 BFLOAT16_CAPABILITY = (8, 0)
 BFLOAT16_TRITON = (3, 3)  # the first that writes out what older cards lack
-_NO_CUDA = "this torch is built without CUDA", "on a machine with a card, install one with it"
 
 
 class Operations(NamedTuple):
@@ -98,12 +97,12 @@ def _liger_operations() -> Operations:
 def liger_available() -> Availability:
     """Whether liger-kernel's operations run on a GPU of this machine, if it has one."""
     if env.kernels() == "reference":
-        return Availability(False, "HALFBYTE_KERNELS=reference asks for it")
-    if not torch.backends.cuda.is_built():
-        return Availability(False, *_NO_CUDA)
-    for package, module in (("triton", "triton"), ("liger-kernel", "liger_kernel")):
-        if importlib.util.find_spec(module) is None:
-            return Availability(False, f"{package} is not installed", f"pip install {package}")
+        return REFERENCE_ASKED_FOR
+    triton = triton_available()
+    if not triton.possible:
+        return triton
+    if importlib.util.find_spec("liger_kernel") is None:
+        return Availability(False, "liger-kernel is not installed", "pip install liger-kernel")
     found = version("liger-kernel")
     if _release("liger-kernel") < LIGER_VERSION:
         wanted = ".".join(map(str, LIGER_VERSION))
@@ -114,7 +113,7 @@ def liger_available() -> Availability:
 def flash_available() -> Availability:
     """Whether flash-attn can be used on a GPU of this machine, if it has one."""
     if not torch.backends.cuda.is_built():
-        return Availability(False, *_NO_CUDA)
+        return NO_CUDA
     if importlib.util.find_spec("flash_attn") is None:
         return Availability(False, "flash-attn is not installed", "pip install flash-attn --no-build-isolation")
     where = "in training in 16 bits, rows not packed, from compute capability 8.0 on; else sdpa"
