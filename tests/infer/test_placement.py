@@ -10,6 +10,7 @@ from halfbyte.errors import RequestError
 from halfbyte.infer import Engine, SamplingParams, few_rows
 from halfbyte.infer.placement import choose_device, slots_that_fit, workspace
 from halfbyte.infer.scheduler import CHUNK_ALONE
+from halfbyte.kernels import cpu
 from halfbyte.kernels.cpu import Missing
 from halfbyte.kernels.decoder import Cache
 from halfbyte.models import HalfbyteConfig, load_model
@@ -101,7 +102,7 @@ def test_what_takes_steps_is_chosen_with_a_reason(monkeypatch):
     if not torch.backends.cuda.is_built():
         assert decoder is None
         assert said.startswith("torch operations, because this torch is built without CUDA; ")
-    monkeypatch.setattr(few_rows.cpu, "native_library", lambda: Missing("there is no compiler", "install one"))
+    monkeypatch.setattr(cpu, "native_library", lambda: Missing("there is no compiler", "install one"))
     decoder, said = few_rows.few_rows_decoder(net, cache, torch.float32, None)
     assert (decoder, said) == (None, "torch operations, because there is no compiler; install one")
     monkeypatch.setenv("HALFBYTE_KERNELS", "reference")

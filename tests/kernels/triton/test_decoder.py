@@ -94,14 +94,16 @@ def test_each_row_has_its_own_mix_of_adapters(both, device):
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_bfloat16_stays_within_its_rounding(both, rows):
-    """Two layers whose every operation rounds to 2^-9 (the interpreter cuts to 2^-8), 12 of them in a row each."""
+    """Its error is some times torch's in bfloat16, which rounds as often, to half as much as the interpreter cuts off.
+
+    Seen over six networks: 1.5 to 2.3 times.
+    """
     net = network("groups of two", norms=True)
     exact, _ = both(net)
-    _, ours = both(net, torch.bfloat16, torch.bfloat16)
+    rounded, ours = both(net, torch.bfloat16, torch.bfloat16)
     tokens = torch.randint(VOCABULARY, (rows,)).tolist()
-    got, wanted = (d.step(tokens, [0] * rows, list(range(rows))) for d in (ours, exact))
-    assert (got - wanted).square().mean().sqrt() < 24 * 2**-8 * wanted.square().mean().sqrt()
-    assert not torch.equal(got, wanted)
+    wanted, rounded, got = (d.step(tokens, [0] * rows, list(range(rows))) for d in (exact, rounded, ours))
+    assert 0 < (got - wanted).norm() < 4 * (rounded - wanted).norm()
 
 
 def test_an_8_bit_cache_rounds_each_key_and_value_to_one_part_in_254(both):
