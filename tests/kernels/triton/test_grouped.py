@@ -186,3 +186,20 @@ def test_the_host_never_waits(ops, device):
         ops["grouped_linear"](*q.packed(), 64, x, ends)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_products_are_those_of_bitsandbytes_expert_by_expert(ops, device):
+    """Each expert quantized there; put together, their scales have no second level."""
+    bnb = pytest.importorskip("bitsandbytes")
+    n, k, counts = 48, 128, (0, 3, 1, 5)
+    made = [
+        bnb.functional.quantize_4bit(torch.randn(n, k, device=device), blocksize=64, quant_type="nf4") for _ in counts
+    ]
+    codes, absmax = torch.cat([one.view(-1) for one, _ in made]), torch.cat([state.absmax for _, state in made])
+    x = torch.randn(sum(counts), k, device=device)
+    found = ops["grouped_linear"](codes, absmax, None, None, "nf4", 64, 0, 0, 0, n, x, ends_of(counts, device))
+    parts = zip(x.split(counts), made, strict=True)
+    wanted = torch.cat([bnb.matmul_4bit(rows, one.t(), state) for rows, (one, state) in parts if len(rows)])
+    weights = torch.stack([bnb.functional.dequantize_4bit(*one) for one in made]).double()
+    _, magnitude = exact(weights, x, ends_of(counts, device), False)
+    assert ((found - wanted).abs() <= 2 * (k + 8) * 2.0**-23 * magnitude).all()

@@ -83,6 +83,22 @@ def test_forward_and_backward(ops, device, cast, way, dtype, scale_bits):
         assert back.shape == (rows, k) and (error <= allowed(grad, of_grad.T, dtype)).all(), (n, k, block_size)
 
 
+def test_products_are_those_of_bitsandbytes(ops, device, way):
+    """Forward and backward in float32, on bitsandbytes' own bytes: two sums of the same terms, each in its bound."""
+    bnb = pytest.importorskip("bitsandbytes")
+    n, k, rows = 48, 128, 3
+    w = torch.randn(n, k, device=device) / k**0.5
+    codes, state = bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+    packed = (codes.view(-1), state.absmax, state.state2.absmax, state.offset, "nf4", 64, 8, 0, 0)
+    x, grad = torch.randn(rows, k, device=device, requires_grad=True), torch.randn(rows, n, device=device)
+    wanted = bnb.matmul_4bit(x, codes.t(), state)
+    wanted.backward(grad)
+    weight = bnb.functional.dequantize_4bit(codes, state).double()
+    found, back = ops["linear"](*packed, n, x.detach(), None), ops["linear_grad_input"](*packed, k, grad)
+    assert ((found - wanted.detach()).abs() <= 2 * allowed(x.detach(), weight, torch.float32)).all()
+    assert ((back - x.grad).abs() <= 2 * allowed(grad, weight.T, torch.float32)).all()
+
+
 @pytest.mark.parametrize("rank", [1, 7, 40])
 def test_an_adapter_beside_the_product(ops, device, cast, way, rank):
     n, k, dtype = 37, 160, torch.float16  # which the interpreter rounds
